@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edmdistill.data.decode import is_grid
 from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name, require_readable
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.errors import DatasetError, counted, printable
@@ -21,6 +22,8 @@ UNREAD_SUFFIXES = (
 )
 """Image formats that are not read: refused, so that no part of a set is lost silently."""
 LABELS = "dataset.json"
+GRID = "-grid.png"
+"""Ending of the grid that `edmdistill sample` draws beside a folder of its samples, after the folder's name."""
 SAMPLES = {"samples.json": "record of samples"}
 """What `edmdistill sample` writes beside its images: left out without a note."""
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
@@ -130,6 +133,8 @@ def sort_files(
             documents.append(member)
         elif base in SAMPLES:
             left_out[member.name] = SAMPLES[base]
+        elif base.endswith(GRID) and _is_grid_of_folder(files, member.name, names):
+            left_out[member.name] = "a grid of samples"
         elif base.lower().endswith(suffixes):
             images.append(member)
         elif base.lower().endswith(refused):
@@ -143,6 +148,18 @@ def sort_files(
             "them elsewhere"
         )
     return images, documents, left_out
+
+
+def _is_grid_of_folder(files: Files, name: str, names: Sequence[str]) -> bool:
+    """Returns whether a file is a grid beside the samples that it shows.
+
+    Args:
+        names: of all files, canonical.
+    """
+    folder = canonical_name(name).removesuffix(GRID) + "/"
+    with suppress(DatasetError), as_dataset_error(str):
+        return any(other.startswith(folder) for other in names) and is_grid(files.read(name))
+    return False
 
 
 def _require_one_kind(path: Path, images: Sequence[Member]) -> bool:

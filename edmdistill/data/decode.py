@@ -32,6 +32,8 @@ MODES = {
     "I;16": "more than 8 bits a channel",
     "F": "floating-point values",
 }
+GRID = "edmdistill"
+"""The text by which `edmdistill sample` marks its grids."""
 _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer, fetched by `git lfs pull`",
     b"<": "a web page or an SVG",
@@ -55,7 +57,7 @@ def decode_image(
         on_turned: called where its EXIF data say that it is to be turned.
     Returns: uint8 [C,H,W], C 1 or 3.
     Raises: DatasetError: it is not a PNG, BMP, WebP or JPEG, is broken, animated or larger than RESOLUTION, or its mode
-        is not 8-bit grayscale or RGB.
+        is not 8-bit grayscale or RGB; or it is a grid of samples.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes and EXIF data that are handled here
@@ -64,6 +66,7 @@ def decode_image(
         ):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
+            refuse_grid(image, where)
             width, height = image.size
             if max(width, height) > RESOLUTION:
                 raise DatasetError(f"{where} is {width}x{height}, larger than {RESOLUTION} pixels a side; resize it")
@@ -81,6 +84,23 @@ def decode_image(
                 if is_turned(image):
                     on_turned()
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def is_grid(data: bytes) -> bool:
+    """Returns whether a file is a grid of `edmdistill sample`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return GRID in image.info
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def refuse_grid(image: ImageFile.ImageFile, where: str) -> None:
+    """Raises: DatasetError: a picture, of which the header was read, is a grid of `edmdistill sample`."""
+    if GRID in image.info:
+        raise DatasetError(
+            f"{where} is a grid of `edmdistill sample`, which shows many images side by side; move it elsewhere"
+        )
 
 
 def is_turned(image: ImageFile.ImageFile) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from edmdistill.data.decode import is_turned
+from edmdistill.data.decode import is_turned, refuse_grid
 from edmdistill.data.files import as_dataset_error
 from edmdistill.data.transforms import MAX_PIXELS
 
@@ -85,12 +85,13 @@ def decode_picture(data: bytes, where: str) -> Decoded:
 
     Args:
         where: the source and the name of the file, for errors.
-    Raises: DatasetError: it is none of FORMATS, broken, or larger than Pillow allows.
+    Raises: DatasetError: it is none of FORMATS, broken, larger than Pillow allows, or a grid of samples.
     """
     with (
         as_dataset_error(lambda why: f"{where} is not a readable picture ({_reason(data, why)}); replace or remove it"),
         Image.open(io.BytesIO(data), formats=FORMATS) as image,
     ):
+        refuse_grid(image, where)
         width, height = image.size
         if width * height > MAX_PIXELS:  # Pillow has the same limit, which its user may have lifted
             raise ValueError(f"{width:,}x{height:,}, and at most {MAX_PIXELS:,} pixels are read")

@@ -19,6 +19,7 @@ from waiting import wait_until
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.prepare import prepare_data
+from edmdistill.errors import DatasetError
 from edmdistill.sampling import job
 from edmdistill.sampling.seeds import parse_seeds
 
@@ -204,6 +205,27 @@ def test_files_of_somebody_else_are_never_removed(source: Path, tmp_path: Path) 
         assert result.exit_code == 2
         assert "did not write" in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["000000.png"]
+
+
+def test_a_grid_does_not_pass_as_a_sample(source: Path, tmp_path: Path) -> None:
+    """That beside its samples is left out; another one is refused, whatever size pictures get."""
+    folder, packed = tmp_path / "set", tmp_path / "set.zip"
+    for out in ("frogs", "toads.png"):
+        assert run(source, "--seeds", "0-3", "--out", folder / out).exit_code == 0
+    prepare = ["data", "prepare", folder, packed, "--resolution", 8, "--transform", "center-crop", "--labels", "none"]
+    refused = CliRunner().invoke(main, [*map(str, prepare)])
+    assert f"{folder}: toads.png is a grid of `edmdistill sample`" in refused.stderr
+    assert (refused.exit_code, packed.exists()) == (2, False)
+    (folder / "frogs" / "dataset.json").unlink()  # which has no class for it
+    with pytest.raises(DatasetError, match=r"toads\.png is a grid of `edmdistill sample`"):
+        open_dataset(folder).images([4])
+    (folder / "toads.png").rename(folder / "frogs-grid.png")
+    for words in (["data", "inspect", folder], prepare):
+        result = CliRunner().invoke(main, [*map(str, words)])
+        assert (result.exit_code, "a grid of samples" in result.output) == (0, True)
+    assert (len(open_dataset(folder)), len(open_dataset(packed))) == (4, 4)
+    Image.new("L", (8, 8)).save(folder / "frogs-grid.png")
+    assert len(open_dataset(folder)) == 5, "a picture of that name"
 
 
 def test_a_picture_in_the_place_of_the_grid_is_kept(source: Path, tmp_path: Path) -> None:
