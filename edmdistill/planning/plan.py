@@ -24,7 +24,7 @@ from edmdistill.methods.pieces import Pieces
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.planning.envelope import Uneven, peak, uneven_lines
-from edmdistill.planning.ledger import Ledger, fused_attention
+from edmdistill.planning.ledger import Ledger, fused_attention, repeated_passes
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import require_guide
 from edmdistill.training.ema import profiles
@@ -182,11 +182,11 @@ def measure(
     rows = ROWS * step
     for turn, times in Counter(probe.turns).items():
         on_progress(f"the {turn.role}'s turn")
-        few, more = (_trace(probe, turn, count, effective) for count in (rows, rows + step))
+        few, more = (_trace(probe, turn, count, effective, loads) for count in (rows, rows + step))
         taken = 2
         lacks_one = few
         if pieces > 1:
-            lacks_one, taken = _trace(probe, turn, rows + step - probe.group_size, effective), 3
+            lacks_one, taken = _trace(probe, turn, rows + step - probe.group_size, effective, loads), 3
         passes[turn.role] = Pass(
             few.trained,
             uneven_lines(few.live, lacks_one.live, more.live, rows, step, pieces),
@@ -290,10 +290,10 @@ class Trace(NamedTuple):
     flops: float
 
 
-def _trace(probe: Probe, turn: Turn, rows: int, effective: Sequence[EffectiveWeights]) -> Trace:
+def _trace(probe: Probe, turn: Turn, rows: int, effective: Sequence[EffectiveWeights], loads: list[int]) -> Trace:
     network = probe.set_trainable(turn.role)
     with fused_attention(), Ledger() as ledger:
-        with shared_weights(effective):
+        with repeated_passes(probe.networks.values(), ledger, loads), shared_weights(effective):
             torch.autograd.backward(probe.loss(turn, rows).value.mean())
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         allocated = [0] * len(ledger.live)

@@ -32,14 +32,15 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if returns_aliases(func):
             return func(*args, **kwargs)
-        key = func, _shapes(args), _shapes(kwargs.items()), torch.get_default_dtype()
+        key = func, shapes(args), shapes(kwargs.items()), torch.get_default_dtype()
         if key in _OUTPUTS:
-            new = _allocate(_OUTPUTS[key])
+            new = allocate(_OUTPUTS[key])
             return new if len(func._schema.returns) > 1 else new[0]
         out = func(*args, **kwargs)
         leaves = out if isinstance(out, tuple) else (out,)
-        if all(isinstance(leaf, Tensor) and leaf.is_meta and not leaf.storage_offset() for leaf in leaves):
-            _OUTPUTS[key] = _layouts(leaves)
+        made = all(isinstance(leaf, Tensor) and leaf.is_meta and not leaf.storage_offset() for leaf in leaves)
+        if made and not _storages(leaves) & _storages((*args, *kwargs.values())):  # _unsafe_view is a view
+            _OUTPUTS[key] = layouts(leaves)
         return out
 
 
@@ -69,24 +70,29 @@ class _CachedPass:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        key = _shapes(args), _shapes(kwargs.items())
+        key = shapes(args), shapes(kwargs.items())
         if key not in self.outputs:
             out = self.forward(*args, **kwargs)
             leaves, structure = tree_flatten(out)
             if not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
                 return out
-            self.outputs[key] = _layouts(leaves), structure
-        layouts, structure = self.outputs[key]
-        return tree_unflatten(_allocate(layouts), structure)
+            self.outputs[key] = layouts(leaves), structure
+        made, structure = self.outputs[key]
+        return tree_unflatten(allocate(made), structure)
 
 
-def _layouts(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:
+def layouts(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """Returns sizes, strides and dtypes."""
     return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
-def _allocate(layouts: Iterable[tuple[Any, ...]]) -> tuple[Tensor, ...]:
-    """Returns tensors of these sizes, strides and dtypes."""
-    return tuple(torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts)
+def allocate(made: Iterable[tuple[Any, ...]]) -> tuple[Tensor, ...]:
+    """Returns tensors of these layouts."""
+    return tuple(torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in made)
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}
 
 
 @cache
@@ -95,12 +101,12 @@ def returns_aliases(func: Any) -> bool:
     return any(argument.alias_info for argument in (*func._schema.arguments, *func._schema.returns))
 
 
-def _shapes(values: Iterable[Any]) -> tuple[Hashable, ...]:
+def shapes(values: Iterable[Any]) -> tuple[Hashable, ...]:
     """Returns all that the shapes of outputs depend on; numbers with their types, because 1 == 1.0."""
     return tuple(
         (value.shape, value.stride(), value.dtype, value.device)
         if isinstance(value, Tensor)
-        else _shapes(value)
+        else shapes(value)
         if isinstance(value, (tuple, list))
         else (type(value), value)
         for value in values

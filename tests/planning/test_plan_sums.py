@@ -1,7 +1,9 @@
 """Plans in closed form: what adds up over turns, roles and averages, and what does not depend on how it is measured."""
 
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,34 @@ def test_turns_are_measured_apart_whatever_their_order(monkeypatch: pytest.Monke
     assert peaks(first) == peaks(second)
 
 
+@pytest.mark.parametrize(
+    ("name", "sets", "machine"),
+    [
+        ("kd", [], {}),
+        ("cosim", [], {"offload": ("teacher",)}),
+        ("fmd", ["method.guidance=[1,2]"], {"checkpointing": True, "loss_pieces": 2}),
+    ],
+    ids=["kd", "cosim with an offloaded teacher", "fmd with guidance"],
+)
+def test_a_long_trajectory_is_measured_by_one_of_its_steps(
+    name: str, sets: list[str], machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the numbers of all of its steps."""
+    forward, passes = FlowNetwork.forward, list[int]()
+    monkeypatch.setattr(FlowNetwork, "forward", lambda self, *a, **more: passes.append(1) or forward(self, *a, **more))
+    counts, found = [], []
+    for steps, repeated in ((4, module.repeated_passes), (30, module.repeated_passes), (30, lambda *_: nullcontext())):
+        monkeypatch.setattr(module, "repeated_passes", repeated)
+        passes.clear()
+        found.append(measured(*sets, f"method.trajectory_steps={steps}", name=f"{name}/digits", **machine))
+        counts.append(len(passes))
+    assert counts[0] == counts[1] < counts[2] - 2 * 26
+    short, one_step, all_steps = found
+    for each in ("passes", "flops", "calls", "loaded"):
+        assert getattr(one_step, each) == getattr(all_steps, each)
+    assert one_step.flops > short.flops
+
+
 def test_gradients_are_no_activations() -> None:
     """Of plain convolutions of many channels: at the end of a pass gradients are all there is, and what else there was
     grows with the images."""
@@ -102,7 +132,7 @@ def test_pieces_are_planned_as_they_are_split() -> None:
     probe.method.pieces = Pieces(3)
     for images in (3, 4, 8):
         (trace,) = (
-            module._trace(probe, turn, images, effective_weights(probe.networks))
+            module._trace(probe, turn, images, effective_weights(probe.networks), [])
             for turn in probe.turns
             if turn.role == "generator"
         )

@@ -57,6 +57,15 @@ def test_the_second_call_returns_what_torch_does(name: str) -> None:
         assert second.tolist() == [0, 2, 4]
 
 
+def test_a_view_that_torch_does_not_call_one_takes_no_memory_again() -> None:
+    """Autograd reshapes gradients by it."""
+    with CachedShapes():
+        for _ in range(2):
+            fresh = X.clone()
+            view = torch.ops.aten._unsafe_view(fresh, (2, 24, 8))
+            assert view.untyped_storage()._cdata == fresh.untyped_storage()._cdata
+
+
 def test_what_names_no_dtype_has_the_default() -> None:
     for dtype in (torch.float64, torch.float32):
         torch.set_default_dtype(dtype)
