@@ -29,7 +29,8 @@ from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
 FORMAT_VERSION = "1.4"
 """MAJOR.MINOR of config.json. A field that a file lacks has its default, so older minors read as before. A newer minor
-only adds fields that can be ignored, and they are; a newer major would be misread, and is refused.
+only adds fields that can be ignored, at the top or in any part, and they are; a newer major would be misread, and is
+refused.
 
 1.1: label_dropout, noise_dependence, images_total. 1.2: tunings. 1.3: trained_sigmas.
 1.4: use_fp16, tunings' dtype etc."""
@@ -239,7 +240,7 @@ def read_config(folder: Path) -> CheckpointConfig:
             "edmdistill if a newer version wrote it; otherwise it is no checkpoint of edmdistill"
         )
     if int(supported[1]) > int(minor):
-        fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
+        fields = known_fields(fields, msgspec.inspect.type_info(CheckpointConfig))
     try:
         config: CheckpointConfig = validated(fields, CheckpointConfig)
         if config.encoder != PIXELS:
@@ -249,6 +250,25 @@ def read_config(folder: Path) -> CheckpointConfig:
         return replace(config, label_names=names)
     except ValueError as error:
         raise Damaged(f"{path} is not a checkpoint's configuration: {error}") from error
+
+
+def known_fields(value: Any, type_: msgspec.inspect.Type) -> Any:
+    """Returns a value without the fields that the structs in its type do not have.
+
+    What a dict of any values holds, as a network's arguments, stays: a network is not another one without them.
+    """
+    match type_, value:
+        case msgspec.inspect.StructType(), dict():
+            return {
+                field.name: known_fields(value[field.name], field.type) for field in type_.fields if field.name in value
+            }
+        case msgspec.inspect.DictType(), dict():
+            return {name: known_fields(item, type_.value_type) for name, item in value.items()}
+        case msgspec.inspect.UnionType(), dict():
+            return known_fields(
+                value, next(each for each in type_.types if not isinstance(each, msgspec.inspect.NoneType))
+            )
+    return value
 
 
 def _refuse_control_characters(fields: Any) -> None:
