@@ -15,7 +15,8 @@ from edmdistill.cli.types import BATCH, FEATURES, PROTOCOLS, Count, Name, NamedF
 @click.option(
     "--ref",
     metavar="DATA",
-    help="Real images: a zip, a folder, digits or tiles; or statistics of them.  [default: the protocol's own]",
+    help="Real images: a zip, a folder, an .npz, digits or tiles; or statistics of them.  "
+    "[default: the protocol's own]",
 )
 @click.option(
     "--data", metavar="DATA", help="What jumps start from: a zip or a folder of images or latents.  [default: --ref]"

@@ -242,9 +242,7 @@ def open_files(path: Path) -> Files:
     if not stat.S_ISREG(mode):
         raise DatasetError(f"{path} is {_kind(mode)}; {EXPECTED}")
     if path.suffix.lower() == ".npz":
-        raise DatasetError(
-            f"{path} is an .npz, of images or statistics, not a data set; give the images, as a zip or a folder"
-        )
+        raise DatasetError(f"{path} is an .npz, not a data set; give the images, as a zip or a folder")
     files = ZipFiles(path)
     files.archive  # noqa: B018  # opened now, so that an error appears at once
     return files

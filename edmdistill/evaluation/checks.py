@@ -52,20 +52,25 @@ def measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool)
     return measured
 
 
-def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: Protocol, repeat: int) -> None:
-    """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
+def require_size(images: tuple[int, ...], data: Dataset | ReferenceStatistics) -> None:
+    """Raises DatasetError unless images have the size of the reference's, if it is known.  images: (C, H, W)"""
     size: tuple[int, ...] | None = None
     name = ""
     if isinstance(data, Dataset):
         size, name = data.size, data.name
     elif data.has_images:
         size, name = open_images(data.path, 0).size, str(data.path)
-    if size not in (None, images.size):
+    if size not in (None, images):
         raise DatasetError(
-            f"the images are {'x'.join(map(str, images.size))}, but those of the reference {name} are "
+            f"the images are {'x'.join(map(str, images))}, but those of the reference {name} are "
             f"{'x'.join(map(str, size or ()))}, and nothing is resized; choose a reference of that size, "
             "or images of the reference's"
         )
+
+
+def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: Protocol, repeat: int) -> None:
+    """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
+    require_size(images.size, data)
     if images.count < 2 * repeat:
         raise DatasetError(
             f"a covariance needs at least two images, but there is only {images.count // repeat}; the protocol uses "

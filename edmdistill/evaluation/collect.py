@@ -25,11 +25,11 @@ from edmdistill.data.datasets import Dataset
 from edmdistill.draws import Draws
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.feature_set import Features
-from edmdistill.evaluation.frechet import RunningStatistics
-from edmdistill.evaluation.images import dataset_images
+from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics
+from edmdistill.evaluation.images import dataset_images, open_images
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
-from edmdistill.evaluation.references import About, SpaceStatistics, open_statistics
-from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, measure_all
+from edmdistill.evaluation.references import About, ReferenceStatistics, SpaceStatistics, open_statistics
+from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, batches, measure_all
 from edmdistill.features.base import FeatureSpace
 
 
@@ -86,6 +86,33 @@ def collect_statistics(
         name: SpaceStatistics(statistics[name].finish(), features[name].finish() if keep else None, weights[name])
         for name in spaces
     }
+
+
+def real_statistics(
+    reference: Dataset | ReferenceStatistics,
+    space: FeatureSpace,
+    batch: int,
+    on_batch: Callable[[], object] = lambda: None,
+) -> GaussianStatistics:
+    """Returns mean and covariance of the features of real images.
+
+    Args:
+        batch: images at a time.
+        on_batch: called before each.
+    Raises: EdmDistillError: statistics of other features.  DatasetError: an image cannot be read.
+    """
+    if isinstance(reference, Dataset):
+        images = dataset_images(reference)
+    elif space.name in reference.spaces or not reference.has_images:
+        stated: GaussianStatistics = reference.collected(space, RunningStatistics)
+        return stated
+    else:
+        images = open_images(reference.path, 0)
+    running = RunningStatistics()
+    for rows in batches(range(images.count), batch):
+        on_batch()
+        running.update(space(images.read(rows)))
+    return running.finish()
 
 
 def _drawn(count: int, keep: int) -> Tensor:

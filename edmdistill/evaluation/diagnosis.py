@@ -24,6 +24,8 @@ from edmdistill.data.latents import draw_latents
 from edmdistill.data.order import indices
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, DatasetError, EdmDistillError, NotFiniteError
+from edmdistill.evaluation.checks import require_size
+from edmdistill.evaluation.collect import real_statistics
 from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance
 from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
@@ -137,9 +139,13 @@ def diagnose(
     real = open_reference(reference, standard)
     if data is None and (config.latent or not isinstance(real, Dataset)):
         kind = "latents" if config.latent else "images"
-        held = "images" if isinstance(real, Dataset) else "statistics"
+        held = "holds images" if isinstance(real, Dataset) else "holds statistics"
+        if not isinstance(real, Dataset) and real.has_images:
+            held = "is an .npz of images"
         name = reference or f"the reference of {protocol}"
-        raise DatasetError(f"{name} holds {held}, and jumps start from {kind}: name a data set of them with --data")
+        raise DatasetError(
+            f"{name} {held}, and jumps start from a data set of {kind}: name its zip or folder with --data"
+        )
     start = real if data is None else open_dataset(data)
     assert isinstance(start, Dataset)
     assert standard.features is not None
@@ -157,6 +163,8 @@ def diagnose(
         load_features(standard.features, weights.get(standard.features), device),
         open_decoder(config.encoder, vae, device),
     )
+    size = flow.img_channels, flow.img_resolution, flow.img_resolution
+    require_size(tuple(decode(torch.zeros(1, *size, device=device)).shape[1:]), real)
     return diagnose_networks(
         flow, teacher_flow, auxiliary, start, space, reference=real, decode=decode, count=count, batch=batch
     )
@@ -189,7 +197,7 @@ def diagnose_networks(
     Raises: NotFiniteError: a jump or a gap is NaN or infinite.
     """
 
-    real = _real_statistics(data if reference is None else reference, space, batch, on_batch)
+    real = real_statistics(data if reference is None else reference, space, batch, on_batch)
 
     def distances(flow: FlowNetwork) -> list[float]:
         return jump_distances(flow, data, space, real=real, decode=decode, count=count, batch=batch, on_batch=on_batch)
@@ -228,7 +236,7 @@ def jump_distances(
         on_batch: as for `diagnose_networks`.
     Raises: NotFiniteError: an image is NaN or infinite.
     """
-    real = real or _real_statistics(data, space, batch, on_batch)
+    real = real or real_statistics(data, space, batch, on_batch)
     generated = [RunningStatistics() for _ in sigmas]
     broken = torch.zeros(len(sigmas), dtype=torch.int64, device=flow.device)
     for x0, labels, draws in _images(flow, data, count, batch, decode):
@@ -245,20 +253,6 @@ def jump_distances(
             "the weights with edmdistill inspect"
         )
     return [frechet_distance(running.finish(), real) for running in generated]
-
-
-def _real_statistics(
-    reference: Dataset | ReferenceStatistics, space: FeatureSpace, batch: int, on_batch: Callable[[], object]
-) -> GaussianStatistics:
-    """Returns mean and covariance of the features of real images."""
-    if isinstance(reference, ReferenceStatistics):
-        gaussian: GaussianStatistics = reference.collected(space, RunningStatistics)
-        return gaussian
-    running = RunningStatistics()
-    for rows in batches(range(len(reference)), batch):
-        on_batch()
-        running.update(space(reference.images(rows)))
-    return running.finish()
 
 
 @torch.no_grad()

@@ -311,14 +311,38 @@ def test_what_jumps_cannot_start_from(tmp_path):
     with pytest.raises(DatasetError, match=r"the data tiles are images of 16x16 .* the network takes images of 8x8"):
         diagnose(generator, protocol="tiles")
     np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
-    with pytest.raises(DatasetError, match=r"moments\.npz holds statistics, and jumps start from images: .* --data$"):
+    with pytest.raises(
+        DatasetError, match=r"moments\.npz holds statistics, and jumps start from a data set of images: .* --data$"
+    ):
         diagnose(generator, protocol="edm", reference=tmp_path / "moments.npz")
     encoder = {"kind": "StabilityVAEEncoder", "scale": [0.5], "bias": [1.0]}
     latent = tiny_generator(tmp_path / "latent", encoder=encoder)
     with pytest.raises(
-        DatasetError, match=r"reference of digits holds images, and jumps start from latents: .* --data$"
+        DatasetError, match=r"reference of digits holds images, and jumps start from a data set of latents: .* --data$"
     ):
         diagnose(latent, protocol="digits")
+
+
+@pytest.mark.parametrize("layout", [("images", "labels"), ("arr_0", "arr_1"), ("images",), ("arr_0",)])
+def test_real_images_may_be_an_npz(tmp_path, layout):
+    """With classes or without; of a size that the network makes."""
+    generator = tiny_generator(tmp_path / "generator")
+    images = open_dataset("digits").images(range(12)).permute(0, 2, 3, 1).numpy()
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[:, :, 0]).save(tmp_path / "folder" / f"{i:02}.png")
+    arrays = dict(zip(layout, (images, np.arange(12) % 10), strict=False))
+    np.savez(tmp_path / "few.npz", **arrays)
+    options = {"protocol": "pixels", "data": "digits", "count": 10}
+    first, second = (diagnose(generator, reference=tmp_path / name, **options) for name in ("folder", "few.npz"))
+    assert first == second
+    with pytest.raises(DatasetError, match=r"few\.npz is an .npz of images, and jumps start from a data set of images"):
+        diagnose(generator, protocol="pixels", reference=tmp_path / "few.npz")
+    np.savez(tmp_path / "large.npz", **arrays | {layout[0]: images.repeat(2, 1).repeat(2, 2)})
+    with pytest.raises(
+        DatasetError, match=r"the images are 1x8x8, but those of the reference .*large\.npz are 1x16x16"
+    ):
+        diagnose(generator, reference=tmp_path / "large.npz", **options)
 
 
 def test_the_sentences_name_the_levels():
