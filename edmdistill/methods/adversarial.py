@@ -129,6 +129,7 @@ class AdversarialTurns:
         fake: (batch, draws) -> images of the generator, to be told from batch.x0, and their times.  [B,C,H,W], [B]
         networks: by role.
         weights: of the terms, by name; default: 1.
+        begins: images before the adversary's first turn, where they are more than gan_warmup_images.
     Source: Kim et al. 2024 (CTM), section 3.3 and algorithm 4, lines 7-8.
     """
 
@@ -139,8 +140,10 @@ class AdversarialTurns:
         networks: Mapping[str, Any],
         config: GANConfig,
         weights: Mapping[str, float] = {},
+        begins: int = 0,
     ) -> None:
         self.method_terms, self.fake, self.config = terms, fake, config
+        self.begins = max(config.gan_warmup_images, begins)
         self.generator: WatchedFunction = networks["generator"]
         self.adversary = Adversary(networks, config) if config.gan else None
         self.weights = {"gan": config.gan, **weights}
@@ -151,7 +154,7 @@ class AdversarialTurns:
         generator = Turn("generator", self.generator_loss, preview)
         if self.adversary is None:
             return (generator,)
-        return Turn("discriminator", self.discriminator_loss, begins=self.config.gan_warmup_images), generator
+        return Turn("discriminator", self.discriminator_loss, begins=self.begins), generator
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the discriminator's loss: data against generated images."""
@@ -177,7 +180,7 @@ class AdversarialTurns:
     def terms(self, batch: Batch, draws: Draws, cached: Any = None) -> Terms:
         """Returns the terms, the adversarial one last."""
         terms = self.method_terms(batch, draws, cached)
-        if self.adversary is None or batch.images < self.config.gan_warmup_images:
+        if self.adversary is None or batch.images < self.begins:
             return terms
         fake = self.fake(batch, draws)[0] if terms.generated is None else terms.generated
         loss = self.adversary.generator_loss(batch.x0, fake, draws)
@@ -189,6 +192,7 @@ def adversarial_turns(
     fake: Callable[[Batch, Draws], tuple[Tensor, Tensor]],
     networks: Mapping[str, Any],
     config: GANConfig,
+    begins: int = 0,
 ) -> tuple[Turn, ...]:
     """Returns the turns of a generator with a single loss of its own, and of its discriminator if gan > 0.
 
@@ -203,4 +207,4 @@ def adversarial_turns(
         judged = generated if generated is not None and generated.requires_grad else None
         return Terms({"distillation": value}, t, judged, signals)
 
-    return AdversarialTurns(terms, fake, networks, config).turns()
+    return AdversarialTurns(terms, fake, networks, config, begins=begins).turns()

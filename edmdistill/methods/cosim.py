@@ -64,7 +64,8 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return tuple(turn._replace(begins=begins.get(turn.role, turn.begins)) for turn in super().turns())
 
     def generator_turns(self) -> tuple[Turn, ...]:
-        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
+        begins = self.config.warmup_images  # until then, the generator learns trajectories alone
+        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config, begins)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Returns g and t."""

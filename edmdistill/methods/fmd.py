@@ -24,7 +24,8 @@ from torch import Tensor
 
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, Role, with_inputs
+from edmdistill.methods.adversarial import adversarial_turns
+from edmdistill.methods.base import Batch, Loss, Role, Turn, with_inputs
 from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_tangent
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
 from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, WarmupImages, trajectory_loss
@@ -57,6 +58,10 @@ class FMDConfig(FlowMapConfig, frozen=True, forbid_unknown_fields=True):
 class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
     Config = FMDConfig
     roles = {"teacher": Role(trained=False), "generator": GENERATOR}
+
+    def turns(self) -> tuple[Turn, ...]:
+        begins = self.config.trajectory_images  # until then, the generator learns trajectories alone
+        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config, begins)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the loss of tangents, that of trajectories, or their weighted sum."""

@@ -29,7 +29,7 @@ TrajectoryStride = Annotated[
 ]
 TrajectoryWeight = Annotated[float, Meta(gt=0, description="weight of trajectories beside the method's own loss")]
 WarmupImages = Annotated[
-    int, Meta(ge=0, description="images before the method's own loss begins beside that of trajectories")
+    int, Meta(ge=0, description="images learned by trajectories alone, before the other losses begin")
 ]
 
 

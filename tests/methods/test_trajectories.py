@@ -164,6 +164,21 @@ def test_beside_a_loss_trajectories_add_their_value_and_signals(
         torch.testing.assert_close(tuple(found), tuple(expected))
 
 
+@pytest.mark.parametrize(("kind", "warmup"), [(CoSIM, "warmup_images"), (FMD, "trajectory_images")])
+@pytest.mark.parametrize(("gan_warmup", "begins"), [(0, 6), (9, 9)])
+def test_trajectories_alone_have_no_adversary(
+    kind: Any, warmup: str, gan_warmup: int, begins: int, tiny_networks: Make, tiny_batch: Make
+) -> None:
+    """Neither its turns nor its term come before the method's own loss, or gan_warmup_images."""
+    options = {"trajectory_steps": 2, warmup: 6, "gan": 1.0, "gan_warmup_images": gan_warmup}
+    turns = {turn.role: turn for turn in kind(kind.Config(**options), tiny_networks(kind, **options), NOISE).turns()}
+    assert turns["discriminator"].begins == begins
+    assert turns["generator"].begins == 0
+    for images in (0, 5, 6, 8, 9):
+        loss = turns["generator"].whole(tiny_batch()._replace(images=images), Draws(0, 6))
+        assert ("lambda_gan" in loss.signals) == (images >= begins), images
+
+
 @pytest.mark.parametrize("share", [None, 0.25])
 def test_the_jumps_of_the_flow_are_the_minimum(teacher: Callable[..., Tensor], share: float | None) -> None:
     """The error of the flow's map is the solver's alone; that of the velocity is large."""
