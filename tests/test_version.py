@@ -1,7 +1,11 @@
 """The revision that runs and results name."""
 
 import subprocess
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from edmdistill import version
 
@@ -29,5 +33,39 @@ def test_the_revision_is_the_packages_own(tmp_path: Path) -> None:
     assert own is not None
     assert len(own) == 40
     assert own != elsewhere
+    git(tmp_path, "tag", "v1.0")
+    assert revision(package) == own, "a commit, whatever its tags"
     (package / "__init__.py").write_text("changed")
     assert revision(package) == f"{own}-dirty"
+
+
+@pytest.mark.parametrize("path", [None, ""], ids=["git", "no git"])
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ('{"url": "git+https://a", "vcs_info": {"commit_id": "0123abc"}}', "0123abc"),
+        ('{"url": "file:///a"}', None),
+        (None, None),
+    ],
+    ids=["repository", "folder", "index"],
+)
+def test_without_a_repository_it_is_what_the_package_was_installed_from(
+    record: str | None, expected: str | None, path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip records it (PEP 610)."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda f: asked.append(f) or record)
+    )
+    if path is not None:
+        monkeypatch.setenv("PATH", path)
+    assert revision(tmp_path) == expected
+    assert asked == ["direct_url.json"]
+
+
+def test_a_copy_that_was_not_installed_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def distribution(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    assert revision(tmp_path) is None
