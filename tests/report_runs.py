@@ -1,9 +1,10 @@
-"""Run directories with all that a report reads, and tables of its page."""
+"""Run directories with all that a report reads, and the outline and tables of its page."""
 
 import json
 import math
 import re
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,44 @@ SESSION = {
     "offload": [],
     "checkpointing": False,
 }
+
+
+VOID = {"meta", "img", "path", "circle", "polygon", "polyline"}
+
+
+class Outline(HTMLParser):
+    """Every tag with its attributes; fails where tags do not nest."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.page = page
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+    def require_nothing_else(self) -> None:
+        """Fails where the page loads something or runs a script."""
+        assert self.count("script") == self.count("link") == 0
+        for tag, attributes in self.tags:
+            assert not attributes.keys() & {"href", "srcset", "onload", "onclick", "style"}
+            assert (attributes.get("src", "data:") or "").startswith("data:"), tag
+        assert "url(" not in self.page
+        assert "@import" not in self.page
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.export import diffusers, onnx
 from edmdistill.optional import importing
 from edmdistill.recipes.schema import TrainingTable
-from edmdistill.report.curves import Axis, save_matplotlib
+from edmdistill.report.chart import Chart, save_matplotlib
+from edmdistill.report.curves import Axis
 from edmdistill.training.optimizers import make_optimizer
 
 TRAINING = TrainingTable(images=8, batch=8, lr=1e-3, log_every=8, snapshot_every=8, optimizer="adam8bit")
@@ -24,7 +25,7 @@ USES: dict[str, tuple[str, str, Callable[[], object]]] = {
         "lowbit",
         lambda: make_optimizer([], TRAINING),
     ),
-    "a .pdf": ("matplotlib", "plot", lambda: save_matplotlib(Path("a.pdf"), "", {}, Axis([0, 1]), ".pdf")),
+    "a .pdf": ("matplotlib", "plot", lambda: save_matplotlib(Chart("", [], Axis([0, 1])), Path("a.pdf"), ".pdf", [])),
     "a parquet file": ("pyarrow", "parquet", lambda: open_parquet([Path("a")], Path("a"), "auto", "train")),
     "the digits": ("scikit-learn", "quickstart", lambda: embedded._sklearn("load_digits", "digits")),
     "--to onnx": ("onnxruntime", "onnx", onnx.check_installed),

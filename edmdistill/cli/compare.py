@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import write_text
+from edmdistill.cli.options import plot_option, say, write_text
 from edmdistill.cli.types import InputPath, OutputPath
 
 
@@ -19,13 +19,23 @@ from edmdistill.cli.types import InputPath, OutputPath
 @click.option(
     "--out", type=OutputPath(".md", ".csv", ".json"), metavar="FILE.md|.csv|.json", help="Also write it, by the ending."
 )
+@plot_option
 def command(
-    sources: tuple[Path, ...], over_seeds: bool, seeds: str | None, as_csv: bool, as_json: bool, out: Path | None
+    sources: tuple[Path, ...],
+    over_seeds: bool,
+    seeds: str | None,
+    as_csv: bool,
+    as_json: bool,
+    out: Path | None,
+    plot: Path | None,
 ) -> None:
     """Put results side by side in a Markdown table: files that `eval --out` wrote, run directories, checkpoints.
 
     Numbers that were not measured alike are refused, with what differs: the number of images, seeds, classes,
     reference, weights of the feature network, rounding, decoder. Of images from elsewhere, what is not known is noted.
+
+    An .html of --plot draws all metrics, and of run directories the quality that they measured while training, by
+    images seen and device hours, and their newest samples.
     """
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other: leave out one of the two.")
@@ -35,6 +45,14 @@ def command(
 
     rows = compare(read_rows(sources, seeds))
     table = training_seeds.over_seeds(rows) if over_seeds else rows
+    if plot is not None:
+        from edmdistill.atomic import atomic_write
+        from edmdistill.report.page import draw_comparison
+
+        with atomic_write(plot) as new:
+            note = draw_comparison(table, new, plot.suffix.lower())
+        if note:
+            say(note)
     texts = {".md": table.to_markdown, ".csv": table.to_csv, ".json": table.to_json}
     if out is not None:
         write_text(out, texts[out.suffix.lower()]().rstrip("\n"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edmdistill.cli.types import COMPILE, SECOND_MOMENTS, Count, Name, NumberList
+from edmdistill.cli.types import COMPILE, SECOND_MOMENTS, Count, Name, NumberList, OutputPath
 from edmdistill.errors import EdmDistillError, PeerFailed
 
 if TYPE_CHECKING:
@@ -88,6 +88,14 @@ split_option = click.option(
 )
 processes_option = click.option(
     "--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU."
+)
+PLOTS = ".svg", ".html", ".png", ".pdf"
+plot_option = click.option(
+    "--plot",
+    type=OutputPath(*PLOTS),
+    metavar="FILE.svg|.html|.png|.pdf",
+    help="Draw the first metric over NFE, a curve for each source and setting; .html has the table too, and .png and "
+    ".pdf take matplotlib.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edmdistill.cli.measurements import MeasurementOptions, measure, measurement_options, plan_measurements, shared
-from edmdistill.cli.options import list_option, write_text
+from edmdistill.cli.options import PLOTS, list_option, plot_option, write_text
 from edmdistill.cli.sampling_options import SamplerGrid, sampler_grid_options
 from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, OutputPath
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from edmdistill.evaluation.results import Result
     from edmdistill.networks.flow import FlowNetwork
     from edmdistill.sampling.spec import SamplerSpec
-
-PLOTS = ".svg", ".html", ".png", ".pdf"
 
 
 @click.command("sweep")
@@ -36,12 +34,7 @@ PLOTS = ".svg", ".html", ".png", ".pdf"
     metavar="FILE.json",
     help="Also write it here; with the ending of a plot, draw it as --plot does.",
 )
-@click.option(
-    "--plot",
-    type=OutputPath(*PLOTS),
-    metavar="FILE.svg|.html|.png|.pdf",
-    help="Draw the first metric over NFE, a curve for each setting; .png and .pdf take matplotlib.",
-)
+@plot_option
 def command(
     source: str,
     protocol: str,

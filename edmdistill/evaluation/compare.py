@@ -35,14 +35,27 @@ class Row(NamedTuple):
     """A result, and what it is called.
 
     Attributes:
+        source: the run or the checkpoint that holds it, as it was given, or what a file says was measured.
         folder: the run or the checkpoint that holds it; None: a file did.
         of_teacher: measured on the teacher of that generator.
     """
 
-    name: str
+    source: str
     result: Result
     folder: Path | None = None
     of_teacher: bool = False
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, (self.source, self.weights)))
+
+    @property
+    def weights(self) -> str:
+        """Which of the source's weights were measured; "" where it has no others, as far as is known."""
+        images = self.result.provenance.get("images_seen")
+        words = ["raw weights"] if is_of_raw_weights(self.result) else []
+        words += [] if images is None else [f"{counted(images, 'image')} seen"]
+        return "teacher" if self.of_teacher else ", ".join(words)
 
 
 def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[Row]:
@@ -68,7 +81,7 @@ def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[R
         if source.is_dir():
             rows += [_row_of_folder(result, source) for result in results]
         else:
-            rows += [Row(_name(result, str(result.provenance.get("source") or source)), result) for result in results]
+            rows += [Row(str(result.provenance.get("source") or source), result) for result in results]
     return rows
 
 
@@ -76,15 +89,8 @@ def _row_of_folder(result: Result, folder: Path) -> Row:
     """Returns the row of a folder's result, with the folder's path as it is given, because it may have moved since."""
     checkpoint = checkpoint_in(folder)
     config = read_config(checkpoint) if (checkpoint / CONFIG).is_file() else None
-    if is_of_teacher(result) and config is not None and config.stage == "generator":
-        return Row(f"{folder}, teacher", result, folder, of_teacher=True)
-    return Row(_name(result, str(folder)), result, folder)
-
-
-def _name(result: Result, source: str) -> str:
-    images = result.provenance.get("images_seen")
-    raw = ", raw weights" if is_of_raw_weights(result) else ""
-    return source + raw + ("" if images is None else f", {counted(images, 'image')} seen")
+    is_generator = config is not None and config.stage == "generator"
+    return Row(str(folder), result, folder, of_teacher=is_generator and is_of_teacher(result))
 
 
 class Comparison(NamedTuple):

@@ -62,25 +62,29 @@ class ResultTable(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """Says what was measured, and against what."""
-        protocol, sha256 = self.protocol, f"{self.protocol.sha256():.12}"
-        reference = protocol.reference
-        real = "-"
-        if reference:
-            size = "" if reference.n is None else f", {counted(reference.n, 'image')}"
-            real = f"{reference.source} ({reference.split}{size})"
-        times = f"means of {protocol.repeat} times " if protocol.repeat > 1 else ""
-        if protocol.features is None:
-            return (
-                f"Protocol {protocol.name}, sha256 {sha256}: bits per dimension of {real}, classes {protocol.labels}. "
-                "NFE is the mean number of network evaluations per image."
-            )
+        return caption(self.protocol)
+
+
+def caption(protocol: Protocol) -> str:
+    """Says what was measured, and against what."""
+    sha256 = f"{protocol.sha256():.12}"
+    reference = protocol.reference
+    real = "-"
+    if reference:
+        size = "" if reference.n is None else f", {counted(reference.n, 'image')}"
+        real = f"{reference.source} ({reference.split}{size})"
+    times = f"means of {protocol.repeat} times " if protocol.repeat > 1 else ""
+    if protocol.features is None:
         return (
-            f"Protocol {protocol.name}, sha256 {sha256}: {times}{protocol.n} images, seeds "
-            f"{protocol.seeds or 'unknown'}, "
-            f"classes {protocol.labels}, against {real}. NFE is the number of network evaluations per image. FD and "
-            "FID are Frechet distances between features; lower is better."
+            f"Protocol {protocol.name}, sha256 {sha256}: bits per dimension of {real}, classes {protocol.labels}. "
+            "NFE is the mean number of network evaluations per image."
         )
+    return (
+        f"Protocol {protocol.name}, sha256 {sha256}: {times}{protocol.n} images, seeds "
+        f"{protocol.seeds or 'unknown'}, "
+        f"classes {protocol.labels}, against {real}. NFE is the number of network evaluations per image. FD and "
+        "FID are Frechet distances between features; lower is better."
+    )
 
 
 def markdown_table(rows: Sequence[Sequence[str]], numbers: int = 0, notes: Sequence[str] = ()) -> str:
@@ -148,8 +152,12 @@ def sweep_table(results: Sequence[Result]) -> ResultTable:
     levels. The curves are of the first metric, by setting.
     """
     main = next(iter(results[0].metrics))
-    label = _settings_of([result.sampler for result in results if result.sampler])
-    measured = {(label(result.sampler), _nfe(result)): result.metrics for result in results}
+    words = setting_words([result.sampler for result in results if result.sampler])
+    measured = {
+        (", ".join(filter(None, words(result.sampler))), _nfe(result)): result.metrics
+        for result in results
+        if result.sampler
+    }
     settings, steps = (list(dict.fromkeys(column)) for column in zip(*measured, strict=True))
     rows = [["NFE", *map(str, steps), "best NFE"]]
     for metric in results[0].metrics:
@@ -157,17 +165,17 @@ def sweep_table(results: Sequence[Result]) -> ResultTable:
             values = {nfe: measured[setting, nfe][metric] for nfe in steps if (setting, nfe) in measured}
             best = str(_best(values, main)[1]) if metric == main else ""
             cells = [number(values[nfe]) if nfe in values else "-" for nfe in steps]
-            rows.append([f"{_heading(metric)}, {setting}", *cells, best])
+            rows.append([f"{heading(metric)}, {setting}", *cells, best])
     setting, nfe = min(measured, key=lambda at: (loss_of(main, measured[at][main]), at))
     plain = nfe == 1 and not setting.partition(", ")[2]  # where gamma has no effect
     where = counted(nfe, "evaluation") + ("" if plain else f", {setting}")
     superlative = "lowest" if loss_of(main, 1) > 0 else "highest"
-    claim = f"{_heading(main)} is {superlative} with {where}: {number(measured[setting, nfe][main])}."
+    claim = f"{heading(main)} is {superlative} with {where}: {number(measured[setting, nfe][main])}."
     curves = {
         setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps) if (setting, nfe) in measured]
         for setting in settings
     }
-    return ResultTable(results[0].protocol, rows, claim, curves, _heading(main))
+    return ResultTable(results[0].protocol, rows, claim, curves, heading(main))
 
 
 def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
@@ -183,7 +191,7 @@ def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
         curve[nfe] = min(value, curve.get(nfe, value), key=partial(loss_of, main))
     goal, steps = _best(best.get("teacher", {0: math.nan}), main)
 
-    body = [["", "NFE", *map(_heading, metrics), *(["vs teacher's best"] if steps else []), "sampler"]]
+    body = [["", "NFE", *map(heading, metrics), *(["vs teacher's best"] if steps else []), "sampler"]]
     for name, nfe, result in rows:
         values = [number(result.metrics[metric]) if metric in result.metrics else "-" for metric in metrics]
         ratio = [f"{result.metrics[main] / goal:.2f} x"] if steps else []
@@ -192,13 +200,13 @@ def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
     if steps and "generator" in best:
         value, nfe = _best(best["generator"], main)
         claim = (
-            f"With {counted(nfe, 'evaluation')} the generator reaches {_heading(main)} "
+            f"With {counted(nfe, 'evaluation')} the generator reaches {heading(main)} "
             f"{number(value)}, {value / goal:.2f} times the teacher's best of {number(goal)} with {steps}."
         )
     curves = {name: list(curve.items()) for name, curve in reversed(best.items()) if 0 not in curve}
     if results[0].protocol.features is None:
         curves = {}  # the solver chooses the evaluations of a likelihood
-    return ResultTable(results[0].protocol, body, claim, curves, _heading(main))
+    return ResultTable(results[0].protocol, body, claim, curves, heading(main))
 
 
 def _best(values: Mapping[int, float], metric: str) -> tuple[float, int]:
@@ -241,8 +249,11 @@ def _setting(sampler: SamplerRecord) -> str:
     return sampler.solver if sampler.gamma is None else f"gamma {sampler.gamma:g}"
 
 
-def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord | None], str]:
-    """Returns what names each of some samplers of one network, beside its NFE, by what varies among them."""
+def setting_words(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord], Sequence[str]]:
+    """Returns what names each of some samplers of one network, beside its NFE, by what varies among them.
+
+    Its words are solver or gamma, guidance, guide, noise levels, churn and dtype; "" where one plays no part.
+    """
     guided, by_others, churned, precise = (
         len({getattr(sampler, name) for sampler in samplers}) > 1 for name in ("guidance", "guide", "churn", "dtype")
     )
@@ -254,17 +265,17 @@ def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord |
     distinct = [len({_levels(sigmas, digits) for sigmas in every}) for digits in range(MOST_DIGITS + 1)]
     digits = max(3, distinct.index(distinct[-1]))
 
-    def label(sampler: SamplerRecord | None) -> str:
-        assert sampler is not None
-        words = [_setting(sampler)]
-        words += [f"guidance {sampler.guidance:g}"] if guided else []
-        words += _guide(sampler) if by_others else []
-        words += [_levels(sampler.sigmas, digits)] if scheduled and sampler.sigmas else []
-        words += [_churn(sampler.churn)] if churned and sampler.churn else []
-        words += [sampler.dtype] if precise else []
-        return ", ".join(words)
+    def words(sampler: SamplerRecord) -> Sequence[str]:
+        return (
+            _setting(sampler),
+            f"guidance {sampler.guidance:g}" if guided else "",
+            "".join(_guide(sampler)) if by_others else "",
+            _levels(sampler.sigmas, digits) if scheduled and sampler.sigmas else "",
+            _churn(sampler.churn) if churned and sampler.churn else "",
+            sampler.dtype if precise else "",
+        )
 
-    return label
+    return words
 
 
 def sampler_words(sampler: SamplerRecord | None) -> str:
@@ -295,7 +306,7 @@ TITLES = {"fd_dinov2": "FD-DINOv2", "fid": "FID", "kid": "KID", "is": "IS"}
 """What papers call metrics."""
 
 
-def _heading(metric: str) -> str:
+def heading(metric: str) -> str:
     """Returns fid@5000 as FID@5000, and fd_digits@1000 as digits-FD@1000."""
     name = re.split(r"[\[@]", metric)[0]
     return TITLES.get(name, re.sub(r"^fd_(.+)", r"\1-FD", name).replace("_", " ")) + metric[len(name) :]

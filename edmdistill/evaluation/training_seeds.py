@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edmdistill.checkpoints.layout import RECIPE, RUN
-from edmdistill.errors import EdmDistillError, counted
+from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.compare import Comparison, Row
 from edmdistill.evaluation.tables import csv_table, markdown_table, number, sampler_words
+
+MEANS = "Mean ± standard deviation over runs that differ in training.seed alone."
 
 
 class Group(NamedTuple):
@@ -30,16 +32,19 @@ class Group(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the only one, or of all as a shell has them: runs/a-{0,1,2}."""
-        first, *others = (row.name for row in self.rows)
+        return ", ".join(filter(None, (self.source, self.rows[0].weights)))
+
+    @property
+    def source(self) -> str:
+        """The source of the only one, or of all as a shell has them: runs/a-{0,1,2}."""
+        first, *others = (row.source for row in self.rows)
         if not others:
             return first
         folders = [str(row.folder) for row in self.rows]
         start = _shared_start(folders)
         end = _shared_start([folder[len(start) :][::-1] for folder in folders])[::-1]
         middles = ",".join(folder[len(start) : len(folder) - len(end)] for folder in folders)
-        images = self.rows[0].result.provenance.get("images_seen")
-        return f"{start}{{{middles}}}{end}" + ("" if images is None else f", {counted(images, 'image')} seen")
+        return f"{start}{{{middles}}}{end}"
 
     def mean(self, metric: str) -> float | None:
         """Returns the mean over the runs; None: they were not measured by it."""
@@ -62,12 +67,14 @@ class SeedTable(NamedTuple):
     metrics: Sequence[str]
     notes: Sequence[str]
 
+    def cells(self) -> list[list[str]]:
+        """Returns the table of means and standard deviations; the first row is the head."""
+        body = [[*self._about(group), *(_cell(group, metric) for metric in self.metrics)] for group in self.groups]
+        return [["source", "runs", "NFE", "sampler", *self.metrics], *body]
+
     def to_markdown(self) -> str:
-        """Returns the table in Markdown: mean and standard deviation."""
-        cells = [["source", "runs", "NFE", "sampler", *self.metrics]]
-        cells += [[*self._about(group), *(_cell(group, metric) for metric in self.metrics)] for group in self.groups]
-        note = "Mean ± standard deviation over runs that differ in training.seed alone."
-        return markdown_table(cells, len(self.metrics), [note, *self.notes])
+        """Returns the table in Markdown, and the notes below it."""
+        return markdown_table(self.cells(), len(self.metrics), [MEANS, *self.notes])
 
     def to_csv(self) -> str:
         """Returns the table as comma-separated values, the numbers in full: mean, deviation of each metric."""

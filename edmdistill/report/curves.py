@@ -1,15 +1,13 @@
-"""Draws curves: as SVG, in the colors of the page around them, or by matplotlib as a file."""
+"""Axes, and small charts as SVG in the colors of the page around them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 from edmdistill.checkpoints.documents import escape
-from edmdistill.optional import importing
 
 DENSEST = 0.6
 """Opacity of the largest cell of a map, on which its number can still be read."""
@@ -33,15 +31,18 @@ class Axis(NamedTuple):
         return math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
 
 
-def axis(values: Sequence[float], log: bool = False) -> Axis:
+def axis(values: Sequence[float], log: bool = False, most: int = TICKS) -> Axis:
     """Returns an axis of round numbers around the values.
 
     It is logarithmic if all are positive and `log` is set or the largest is above 10 medians.
+
+    Args:
+        most: see TICKS.
     """
     low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
     log = low > 0 and (log or 10 * middle < high)
     if log:
-        if len(few := _ticks_one_two_five(low, high)) <= TICKS:
+        if len(few := _ticks_one_two_five(low, high)) <= most:
             return Axis(few, log)
         low, high = math.log10(low), math.log10(high)
     if low == high:
@@ -65,9 +66,9 @@ def _ticks_one_two_five(low: float, high: float) -> list[float]:
     return ticks
 
 
-def powers_of_two(series: Mapping[str, Sequence[Point]]) -> Axis:
+def powers_of_two(lines: Iterable[Sequence[Point]]) -> Axis:
     """Returns an axis for numbers of evaluations: 1, 2, 4 ... up to the largest or beyond."""
-    most = max((x for points in series.values() for x, _ in points), default=2)
+    most = max((x for points in lines for x, _ in points), default=2)
     return Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
 
 
@@ -78,39 +79,58 @@ def downsample(points: Sequence[Point], most: int = 80) -> list[tuple[float, flo
     return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
 
 
+class Frame(NamedTuple):
+    """The rectangle of a chart between its axes, in the units of the picture."""
+
+    x: Axis
+    y: Axis
+    left: float = 42
+    right: float = 346
+    top: float = 28
+    bottom: float = 168
+
+    def column(self, value: float) -> float:
+        return self.left + (self.right - self.left) * self.x.at(value)
+
+    def row(self, value: float) -> float:
+        return self.bottom - (self.bottom - self.top) * self.y.at(value)
+
+    def grid(self, start: float | None = None) -> str:
+        """Returns the rules and the numbers of the axes as SVG.  start: where rules begin, if not on the left side."""
+        rules = [
+            f'<path d="M{self.left if start is None else start:g} {self.row(tick):.1f}H{self.right:g}"/>'
+            f'<text y="{self.row(tick):.1f}" dy="4">{short(tick)}</text>'
+            for tick in self.y.ticks
+        ]
+        numbers = [
+            f'<text x="{self.column(tick):.1f}" y="{self.bottom + 18:g}" text-anchor="middle">{short(tick)}</text>'
+            for tick in self.x.ticks
+        ]
+        return "".join([*rules, *numbers])
+
+
 def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, log: bool = False) -> str:
-    """Returns curves over one pair of axes, as SVG in the colors of the page.
+    """Returns curves over one pair of axes, with their names above them, as SVG in the colors of the page.
 
     Args:
         series: points of finite numbers, by name; those of short curves are marked.
         log: see `axis`.
     """
-    y = axis([value for points in series.values() for _, value in points], log)
-    left, right, top, bottom = 42, 346, 28, 168
-
-    def column(value: float) -> str:
-        return f"{left + (right - left) * x.at(value):.1f}"
-
-    def row(value: float) -> str:
-        return f"{bottom - (bottom - top) * y.at(value):.1f}"
-
+    frame = Frame(x, axis([value for points in series.values() for _, value in points], log))
     names = "".join(f'<tspan class="c{i}" dx="9">{escape(name)}</tspan>' for i, name in enumerate(series))
     parts = [
-        f'<text class="title" y="14">{escape(title)}</text><text x="{right}" y="14" text-anchor="end">{names}</text>'
-    ]
-    parts += [
-        f'<path d="M{left} {row(tick)}H{right}"/><text y="{row(tick)}" dy="4">{_short(tick)}</text>' for tick in y.ticks
-    ]
-    parts += [
-        f'<text x="{column(tick)}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>' for tick in x.ticks
+        f'<text class="title" y="14">{escape(title)}</text>'
+        f'<text x="{frame.right}" y="14" text-anchor="end">{names}</text>{frame.grid()}'
     ]
     for index, points in enumerate(series.values()):
         line = downsample(points)
-        mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
-        band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
-        band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
+        mean = [f"{frame.column(at):.1f},{frame.row(value):.1f}" for at, _, value, _ in line]
+        band = [f"{frame.column(at):.1f},{frame.row(low):.1f}" for at, low, _, _ in line]
+        band += [f"{frame.column(at):.1f},{frame.row(high):.1f}" for at, _, _, high in reversed(line)]
         marked = line if len(line) <= MARKED else []
-        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in marked]
+        dots = [
+            f'<circle cx="{frame.column(at):.1f}" cy="{frame.row(value):.1f}" r="3"/>' for at, _, value, _ in marked
+        ]
         parts.append(
             f'<g class="c{index}"><polygon points="{" ".join(band)}"/><polyline points="{" ".join(mean)}"/>'
             f"{''.join(dots)}</g>"
@@ -135,46 +155,25 @@ def svg_heat_map(title: str, values: Mapping[tuple[float, float], float]) -> str
         for (x, y), value in values.items()
     )
     texts = [(centers[x], middles[y], f"{value:.2g}") for (x, y), value in values.items()]
-    texts += [(center, bottom + 14, _short(x)) for x, center in centers.items()]
+    texts += [(center, bottom + 14, short(x)) for x, center in centers.items()]
     parts = [f'<text x="{x:.1f}" y="{y:.1f}" dy="4" text-anchor="middle">{text}</text>' for x, y, text in texts]
-    parts += [f'<text y="{middle:.1f}" dy="4">{_short(y)}</text>' for y, middle in middles.items()]
+    parts += [f'<text y="{middle:.1f}" dy="4">{short(y)}</text>' for y, middle in middles.items()]
     heading = f'<text class="title" y="14">{escape(title)}</text><g class="c0">{cells}</g>'
     return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{heading}{"".join(parts)}</svg>'
 
 
 def standalone_svg(svg: str, style: str) -> str:
-    """Returns a chart of svg_curves as a file of its own, with a background and a margin, in the style of a page."""
-    body = svg.partition(">")[2]
-    style += " svg { max-width: none; font-family: system-ui, sans-serif }"
-    box, paper = "-12 -8 384 212", '<rect x="-12" y="-8" width="384" height="212" fill="var(--paper)"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}"><style>{style}</style>{paper}{body}'
+    """Returns a chart as a file of its own, with a background and a margin, in the style of a page."""
+    head, _, body = svg.partition(">")
+    width, height = map(float, head.partition('viewBox="0 0 ')[2].partition('"')[0].split())
+    style += " svg, svg.chart { width: 100%; max-width: none; font-family: system-ui, sans-serif }"
+    box = f"-12 -8 {width + 24:g} {height + 20:g}"
+    paper = f'<rect x="-12" y="-8" width="{width + 24:g}" height="{height + 20:g}" fill="var(--paper)"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="{box}"><style>{style}</style>{paper}{body}'
 
 
-def save_matplotlib(file: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis, kind: str) -> None:
-    """Draws the curves of svg_curves by matplotlib, logarithmic in the same cases.
-
-    Args:
-        kind: .png or .pdf.
-    Raises: EdmDistillError: matplotlib cannot be imported.
-    """
-    with importing("matplotlib", extra="plot", needed_by=f"a {kind} needs", instead=", or write an .svg or .html"):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in series.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(title=title, xscale="log" if x.log else "linear")
-    axes.set_xticks(x.ticks, [_short(tick) for tick in x.ticks], minor=False)
-    axes.xaxis.set_minor_locator(NullLocator())
-    positive = all(value > 0 for points in series.values() for _, value in points)
-    axes.set_yscale("log" if positive else "linear")
-    axes.grid(axis="y", which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(file, format=kind[1:], dpi=150)
-
-
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Returns a number for an axis: 0.5, 20k."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"

@@ -13,14 +13,18 @@ from typing import Any
 from edmdistill.checkpoints.documents import escape
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.errors import counted
+from edmdistill.evaluation.compare import Comparison
 from edmdistill.evaluation.diagnosis import read_measures, sentences
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.tables import ResultTable
+from edmdistill.evaluation.tables import ResultTable, caption, heading
+from edmdistill.evaluation.training_seeds import MEANS, SeedTable
 from edmdistill.kernels.backend import VARIABLE
 from edmdistill.machine.environment import machine_of
 from edmdistill.planning.fit import options
 from edmdistill.recipes.library import origins
 from edmdistill.report import html
+from edmdistill.report.chart import Chart, Curve
+from edmdistill.report.comparison import rows_of
 from edmdistill.report.curves import Axis, Point, powers_of_two, svg_curves, svg_heat_map
 from edmdistill.report.plan_comparison import compare_with_plan
 from edmdistill.report.summary import RunSummary
@@ -29,6 +33,8 @@ from edmdistill.training.metrics import BINS
 
 MAX_GRIDS = 6
 """Number of a run's sample grids that are shown, the first and the last among them."""
+ROWS = "the number of network evaluations is to the left of each row"
+"""What a note says of grids."""
 DIAGNOSED = "jump/", "gap/", "gap_sensitivity/"
 """Keys of metrics.jsonl that `single_jumps` shows."""
 CURVES = {
@@ -51,7 +57,7 @@ CURVES = {
 
 def quality(table: ResultTable) -> str:
     """Returns a table of results, beside its curves."""
-    chart = chart_by_nfe(table) if table.curves else ""
+    chart = chart_by_nfe(table).to_svg() if table.curves else ""
     return f'<div class="measured"><div>{html.table(table.rows)}{html.note(table.caption)}</div>{chart}</div>'
 
 
@@ -63,34 +69,63 @@ def sweep(tables: Sequence[ResultTable], commands: Mapping[str, str]) -> str:
     return body or f"<p>Nothing is measured yet. To measure:</p>{html.shell(commands['sweep'])}"
 
 
-def chart_by_nfe(table: ResultTable) -> str:
-    return svg_curves(f"{table.metric} by NFE", table.curves, powers_of_two(table.curves), log=True)
+def comparison(table: Comparison | SeedTable, charts: Sequence[Chart], note: str) -> str:
+    """Returns the table of a comparison, with the samplers last as in reports, what was measured, and its charts."""
+    head, *body = table.cells()
+    at, metrics = head.index("sampler"), len(table.metrics)
+    head = [*head[:-metrics], *map(heading, head[-metrics:])]
+    rows = [[*row[:at], *row[at + 1 :], row[at]] for row in (["", *head[1:]], *body)]
+    protocols = {row.result.protocol_sha256: row.result.protocol for row in rows_of(table)}
+    notes = [MEANS] if isinstance(table, SeedTable) else []
+    notes += [*table.notes, note, *map(caption, protocols.values())]
+    drawn = "".join(chart.to_svg() for chart in charts)
+    return f'{html.table(rows)}{"".join(map(html.note, filter(None, notes)))}<div class="charts">{drawn}</div>'
+
+
+def chart_by_nfe(table: ResultTable) -> Chart:
+    curves = [Curve(name, points, style=i) for i, (name, points) in enumerate(table.curves.items())]
+    return Chart(f"{table.metric} by NFE", curves, powers_of_two(table.curves.values()))
 
 
 def samples(run: RunSummary) -> str:
     """Returns grids from training, from the first to the last, and those sampled into folders of the run since."""
-    files = _training_grids(run.path / "samples")
-    steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
-    figures = [
-        (f"after {counted(int(files[i].stem), 'image')}", f'<div class="steps">{steps}</div>{html.picture(files[i])}')
+    files = training_grids(run)
+    shown = [
+        grid_figure(run, files[i])
         for i in sorted({(len(files) - 1) * part // (MAX_GRIDS - 1) for part in range(MAX_GRIDS)})
         if files
     ]
-    seen = _training_grids(run.path / "x0")[-1:]
-    figures += [(f"x0 after {counted(int(file.stem), 'image')}", html.picture(file)) for file in seen]
-    figures += [
+    seen = _pictures(run.path / "x0")[-1:]
+    shown += [(f"x0 after {counted(int(file.stem), 'image')}", html.picture(file)) for file in seen]
+    shown += [
         (f"sampled into {file.name.removesuffix(GRID)}", html.picture(file))
         for file in sorted(run.path.glob(f"*{GRID}"))
     ]
-    if not figures:
+    if not shown:
         return "<p>Nothing is sampled yet.</p>"
-    body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{content}</figure>" for name, content in figures)
-    note = "The seeds are the same throughout training; the number of network evaluations is to the left of each row."
+    note = f"The seeds are the same throughout training; {ROWS}."
     note += " x0: noisy data, and each role's denoised prediction of them." if seen else ""
-    return f'{html.note(note)}<div class="figures">{body}</div>'
+    return html.note(note) + figures(shown)
 
 
-def _training_grids(folder: Path) -> list[Path]:
+def training_grids(run: RunSummary) -> list[Path]:
+    """Returns the sample grids of training, in order of images seen."""
+    return _pictures(run.path / "samples")
+
+
+def grid_figure(run: RunSummary, grid: Path) -> tuple[str, str]:
+    """Returns a caption of one of a run's training_grids, and the grid with the numbers of evaluations beside it."""
+    steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
+    return f"after {counted(int(grid.stem), 'image')}", f'<div class="steps">{steps}</div>{html.picture(grid)}'
+
+
+def figures(figures: Sequence[tuple[str, str]]) -> str:
+    """Returns pictures side by side.  figures: the caption of each, and the picture as HTML."""
+    body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{picture}</figure>" for name, picture in figures)
+    return f'<div class="figures">{body}</div>'
+
+
+def _pictures(folder: Path) -> list[Path]:
     """Returns the pictures of training, in order of images seen."""
     return sorted(file for file in folder.glob("*.png") if file.stem.isdecimal())
 

@@ -12,7 +12,7 @@ import msgspec
 from edmdistill.atomic import reachable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.layout import CONFIG, RECIPE, RUN, TOML
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, RecipeError
 from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
 from edmdistill.machine.environment import SessionRecord
@@ -71,6 +71,8 @@ def read_run(path: Path) -> RunSummary:
             read_lines(path / METRICS, MetricsLine, ["images", "seconds"]),
             read_lines(path / SESSIONS, SessionRecord),
         )
+    except RecipeError as error:
+        raise EdmDistillError(f"{path}: {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise EdmDistillError(
             f"{path} is a damaged run directory ({error}): train again in another --run-dir"

@@ -33,6 +33,7 @@ from edmdistill.recipes.schema import EvaluationTable
 from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.training.metrics import metric_and_nfe, quality_name
 from edmdistill.training.monitors import Alarm
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir
@@ -101,7 +102,7 @@ class Evaluation:
         return run.finished or run.due(self.table.every)
 
     def measure(self, run: Run, tell: Callable[[str], object], stop: Event) -> dict[str, float]:
-        """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite.
+        """Returns the metrics of the average, by quality_name; none where a sample is not finite.
 
         With `diagnose`, also those of Diagnosis.measures; none where one is not finite.
 
@@ -129,7 +130,7 @@ class Evaluation:
             except NotFiniteError as error:
                 tell(f"Not measured after {counted(run.images, 'image')}: {error}.")
                 continue
-            measured |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
+            measured |= {quality_name(name, nfe): value for name, value in result.metrics.items()}
         if self.space is None:
             return measured
         try:
@@ -167,8 +168,8 @@ class Evaluation:
         Returns: an alarm of the kind `quality` if it is far worse than the best.
         """
         key, value = next(iter(measured.items()), ("", 0.0))
-        name, _, nfe = key.partition("/")
-        if nfe != f"{self.table.nfe[0]} NFE":
+        name, nfe = metric_and_nfe(key) or ("", 0)
+        if nfe != self.table.nfe[0]:
             return []
         score, engine = loss_of(name, value), run.engine
         if self.lowest is None and engine.is_main:

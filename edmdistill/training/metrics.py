@@ -3,7 +3,8 @@
 Names: loss/ROLE, loss/ROLE/sigma<EDGE by noise level, grad_norm/ROLE, lr/ROLE; generated/mean/CHANNEL and
 generated/std/CHANNEL of the images that the generator made, data/... of the data beside them; diversity, the variance
 of the generated images over the batch, as a share of the data's; memory, the peak so far in bytes on the main process:
-its tensors on a GPU, else the growth of the process; each method's own signals; and those of `watch`.
+its tensors on a GPU, else the growth of the process; METRIC/NFE NFE of [evaluation]; each method's own signals; and
+those of `watch`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,18 @@ Measures = dict[str, float]
 EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
 """Noise levels between the bins of losses."""
 BINS = [*(f"sigma<{edge:g}" for edge in EDGES), f"sigma>={EDGES[-1]:g}"]
+
+
+def quality_name(metric: str, nfe: int) -> str:
+    """Returns the name of a metric that [evaluation] measures in so many network evaluations."""
+    return f"{metric}/{nfe} NFE"
+
+
+def metric_and_nfe(name: str) -> tuple[str, int] | None:
+    """Returns the metric and the number of evaluations of a quality_name; None: it is another measure's."""
+    metric, _, rest = name.rpartition("/")
+    steps, _, unit = rest.partition(" ")
+    return (metric, int(steps)) if unit == "NFE" and steps.isdecimal() else None
 
 
 class RowMeans:

@@ -53,6 +53,7 @@ MEETS: dict[str, tuple[str, ...]] = {
     "publish/card.py": (),
     "publish/hub.py": ("push-to-hub",),
     "recipes/library.py": ("train", "plan", "recipes show", "recipes validate"),
+    "report/comparison.py": ("compare",),
     "report/sections.py": (),
     "report/summary.py": (),
     "sampling/build.py": SAMPLE,

@@ -116,7 +116,8 @@ def test_an_svg_stands_alone(plots: dict[str, Path]) -> None:
     space = "{http://www.w3.org/2000/svg}"
     assert root.tag == f"{space}svg"
     curves = list(root.iter(f"{space}g"))
-    assert [len(list(curve.iter(f"{space}circle"))) for curve in curves] == [2, 2]
+    marks = [[path for path in curve.iter(f"{space}path") if path.get("class") == "mark"] for curve in curves]
+    assert list(map(len, marks)) == [2, 2]
     assert "".join(root.itertext()).count("gamma") == 2
     assert "--first: #" in (root.findtext(f"{space}style") or "")
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,63 @@ def test_a_source_without_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert "run holds no results: measure it with edmdistill eval" in run(tmp_path / "run").stderr
     assert "absent.json holds no results" in run(tmp_path / "absent.json").stderr
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(results_json([result(nfe=1), result(nfe=2)]))
+    files[1].write_text(results_json([result({"fid": 2.0}, source="<b>")]))
+    return files
+
+
+@pytest.mark.parametrize("kind", ["svg", "html", "png", "pdf", "SVG"])
+def test_a_plot_has_a_curve_for_each_source(two_sources: list[Path], tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"plot.{kind}"
+    shown = run(*two_sources, "--plot", file)
+    assert (shown.exit_code, shown.stderr) == (0, ""), shown.output
+    assert shown.stdout == run(*two_sources).stdout
+    if kind in ("png", "pdf"):
+        assert file.read_bytes().startswith({"png": b"\x89PNG", "pdf": b"%PDF"}[kind])
+        return
+    text = file.read_text()
+    assert text.count("<polyline") == (2 + 1 if kind == "html" else 2), "of FID, and of FD-DINOv2, which b has not"
+    assert re.findall('class="label".*?>(.*?)</text>', text)[:2] == ["a", "&lt;b&gt;"]
+    assert ("<table" in text) == (kind == "html")
+
+
+def test_a_plot_of_seeds_has_error_bars(tmp_path: Path) -> None:
+    folders = []
+    for seed in range(3):
+        folders.append(tmp_path / f"a-{seed}")
+        (folders[-1] / "eval").mkdir(parents=True)
+        (folders[-1] / "eval" / "a.json").write_text(results_json([result({"fid": 1.0 + seed})]))
+        recipe = {"method": {"name": "ect"}, "training": {"seed": seed}}
+        (folders[-1] / "recipe.resolved.json").write_text(json.dumps(recipe))
+        (folders[-1] / "run.json").write_text("{}")
+    for words, bars, curves in (((), 0, 3), (("--over-seeds",), 1, 1)):
+        assert run(*folders, *words, "--plot", tmp_path / "a.svg").exit_code == 0
+        text = (tmp_path / "a.svg").read_text()
+        assert (text.count('class="bar"'), text.count("<polyline")) == (bars, curves)
+    assert ">a-{0,1,2}</text>" in text
+    page = run(*folders, "--over-seeds", "--plot", tmp_path / "a.html")
+    assert (page.exit_code, f"{folders[0]}: the resolved recipe: [training] lacks" in page.stderr) == (2, True)
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_what_cannot_be_drawn_is_said(two_sources: list[Path], tmp_path: Path) -> None:
+    images, file = tmp_path / "images.json", tmp_path / "plot.svg"
+    images.write_text(results_json([replace(result(source="images"), sampler=None)]))
+    some = run(*two_sources, images, "--plot", file)
+    assert (some.exit_code, some.stderr) == (0, "Not drawn, as the number of evaluations is not known: images.\n")
+    file.unlink()
+    none = run(images, "--plot", file)
+    assert (none.exit_code, none.stdout) == (2, "")
+    assert "leave --plot out" in none.stderr
+    refused = run(*two_sources, "--plot", tmp_path / "plot.jpg")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "must end in .svg or .html or .png or .pdf" in refused.stderr
+    two_sources[1].write_text(results_json([result(seeds="1-50000")]))
+    unlike = run(*two_sources, "--plot", file)
+    assert (unlike.exit_code, "cannot stand side by side" in unlike.stderr) == (2, True)
+    assert not file.exists()

@@ -21,6 +21,7 @@ from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report import page, sections
+from edmdistill.report.chart import Chart, Curve
 from edmdistill.report.curves import powers_of_two, standalone_svg, svg_curves
 from edmdistill.report.plan_comparison import PlanComparison
 from edmdistill.report.summary import RunSummary
@@ -107,11 +108,12 @@ def test_names_of_files_and_folders(tmp_path: Path) -> None:
 @given(NAMES)
 @example(HOSTILE)
 def test_a_chart_is_xml_of_its_own_tags(name: str) -> None:
-    series = {name: [(1, 2.0), (2, 3.0)]}
-    chart = standalone_svg(svg_curves(name, series, powers_of_two(series)), "")
-    root = ElementTree.fromstring(chart.encode())
-    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
-    assert tags <= {"svg", "style", "rect", "text", "tspan", "path", "g", "polygon", "polyline", "circle"}
+    points = [(1, 2.0), (2, 3.0)]
+    x = powers_of_two([points])
+    for chart in (svg_curves(name, {name: points}, x), Chart(name, [Curve(name, points)], x).to_svg()):
+        root = ElementTree.fromstring(standalone_svg(chart, "").encode())
+        tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert tags <= {"svg", "style", "rect", "text", "tspan", "path", "g", "polygon", "polyline", "circle"}
 
 
 @given(NAMES)

@@ -71,7 +71,7 @@ def test_a_table_without_curves_has_no_chart():
 
 def test_quality_is_on_a_logarithmic_axis():
     table = ResultTable(PROTOCOLS["digits"], [], "", {"generator": [(1, 8.0), (2, 4.0), (4, 2.0)]}, "digits-FD")
-    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', sections.chart_by_nfe(table))]
+    heights = [float(y) for y in re.findall(r"translate\([\d.]+ ([\d.]+)\)", sections.chart_by_nfe(table).to_svg())]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
 
 
