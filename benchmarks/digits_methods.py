@@ -38,7 +38,9 @@ from edmdistill.embedded import EMBEDDED
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
-from edmdistill.report.curves import Axis, axis
+from edmdistill.report.chart import Chart, Curve
+from edmdistill.report.curves import Axis
+from edmdistill.report.page import save_chart
 from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 
@@ -277,58 +279,14 @@ def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def spread_out(heights: list[float], gap: float = 15, lowest: float = 408) -> list[float]:
-    """Labels near increasing heights of a picture, that far apart, none of them below its lower edge."""
-    labels: list[float] = []
-    for height in heights:
-        labels.append(max(height, labels[-1] + gap) if labels else height)
-    return [min(label, lowest - gap * (len(labels) - 1 - i)) for i, label in enumerate(labels)]
-
-
-def chart(results: dict[str, list[dict[str, Any]]], data: str) -> str:
-    """FD by number of steps as SVG, a line a method: means, with a label beside the last point of each."""
-    fd = f"fd_{data}"
-    lines = {
-        name: [(int(n), statistics.mean(run[fd][n] for run in runs)) for n in runs[0][fd]]
-        for name, runs in results.items()
-    }
-    x, y = (
-        Axis([float(n) for n in NFE], log=True),
-        axis([value for line in lines.values() for _, value in line], log=True),
-    )
-    place = {name: [(50 + 440 * x.at(n), 400 - 360 * y.at(value)) for n, value in line] for name, line in lines.items()}
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440">',
-        "<style>text { font: 13px system-ui, sans-serif } .line { fill: none; stroke-width: 2 }"
-        " .paper { fill: #fff } .ink { fill: #1b1f27 } .rule { stroke: #e1e4ea }"
-        " @media (prefers-color-scheme: dark)"
-        " { .paper { fill: #14161b } .ink { fill: #e7e9ee } .rule { stroke: #31353f } }</style>",
-        '<rect class="paper" width="640" height="440"/>',
-        f'<text class="ink" x="50" y="20">{data}-FD by number of steps, at equal CPU-minutes</text>',
-    ]
-    for tick in y.ticks:
-        at = 400 - 360 * y.at(tick)
-        parts.append(
-            f'<path class="rule" d="M50 {at:.1f}H490"/><text class="ink" x="14" y="{at + 4:.1f}">{tick:g}</text>'
-        )
-    parts += [f'<text class="ink" x="{46 + 440 * x.at(n):.1f}" y="424">{n}</text>' for n in NFE]
-    place = dict(sorted(place.items(), key=lambda item: item[1][-1][1]))
-    # Labels stand in columns: right of the plot, or beside single points.
-    columns = {name: points[-1][0] + 26 if len(points) == 1 else 512.0 for name, points in place.items()}
-    labels: dict[str, float] = {}
-    for column in set(columns.values()):
-        names = [name for name in place if columns[name] == column]
-        labels |= dict(zip(names, spread_out([place[name][-1][1] for name in names]), strict=True))
-    for i, (name, points) in enumerate(place.items()):
-        color = f"hsl({i * 137 % 360} 65% 48%)"
-        last_x, last_y = points[-1]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(f'<polyline class="line" stroke="{color}" points="{path}"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{color}"/>' for a, b in points]
-        line = f"M{last_x + 5:.1f} {last_y:.1f}L{columns[name]:.1f} {labels[name]:.1f}"
-        parts.append(f'<path stroke="{color}" stroke-opacity=".4" d="{line}"/>')
-        parts.append(f'<text x="{columns[name] + 4:.1f}" y="{labels[name] + 4:.1f}" fill="{color}">{name}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+def chart(results: dict[str, list[dict[str, Any]]], data: str) -> Chart:
+    """FD by number of steps, a curve a method: means, with their standard deviations as error bars."""
+    curves = []
+    for style, (name, runs) in enumerate(results.items()):
+        values = {float(n): [run[f"fd_{data}"][n] for run in runs] for n in runs[0][f"fd_{data}"]}
+        deviations = {n: statistics.stdev(each) for n, each in values.items() if len(each) > 1}
+        curves.append(Curve(name, [(n, statistics.mean(each)) for n, each in values.items()], deviations, style))
+    return Chart(f"{data}-FD by number of steps, at equal CPU-minutes", curves, Axis([*map(float, NFE)], log=True))
 
 
 def report(race: Race, by_name: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
@@ -339,7 +297,7 @@ def report(race: Race, by_name: dict[str, list[dict[str, Any]]], plot: Path | No
     for name, runs in by_name.items():
         print(row(name, runs, race.metrics))
     if plot is not None:
-        plot.write_text(chart(by_name, race.data))
+        save_chart(chart(by_name, race.data), plot, ".svg")
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
 """The table of methods: what each contestant trains by on either set, and what is printed and drawn of its runs."""
 
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from digits_methods import CONTESTANTS, NFE, Race, cell, chart, recipe_of, row, spread_out
+from digits_methods import CONTESTANTS, NFE, Race, cell, chart, recipe_of, row
 
 from edmdistill.defaults import defaults
 
@@ -42,22 +41,15 @@ def test_large_distances_have_no_exponent() -> None:
     assert cell([209.0, 583.0], ".3g") == "396 ± 260"
 
 
-def test_the_plot_has_a_line_a_method_that_falls_where_the_distance_does() -> None:
+def test_the_plot_has_a_curve_a_method_of_means_and_deviations() -> None:
     results = {
         "one": [{"fd_tiles": {"1": 40.0}}],
         "many": [{"fd_tiles": {str(n): 80.0 / n for n in NFE}}, {"fd_tiles": {str(n): 160.0 / n for n in NFE}}],
     }
-    root = ET.fromstring(chart(results, "tiles"))
-    texts = {text.text for text in root.findall("{*}text")}
-    assert {"one", "many"} <= texts
-    assert "tiles-FD" in " ".join(filter(None, texts))
-    lines = [line.get("points", "").split() for line in root.findall("{*}polyline")]
-    assert sorted(map(len, lines)) == [1, len(NFE)]
-    heights = [float(point.split(",")[1]) for point in max(lines, key=len)]
-    assert heights == sorted(heights)
-    assert heights[-1] > heights[0]
-
-
-def test_labels_do_not_overlap_nor_leave_the_picture() -> None:
-    assert spread_out([10.0, 12.0, 200.0]) == [10.0, 25.0, 200.0]
-    assert spread_out([390.0, 395.0, 400.0]) == [378.0, 393.0, 408.0]
+    drawn = chart(results, "tiles")
+    assert drawn.title.startswith("tiles-FD")
+    one, many = drawn.curves
+    assert (one.name, one.points, one.deviations) == ("one", [(1.0, 40.0)], {})
+    assert many.points == [(n, 120.0 / n) for n in NFE]
+    assert many.deviations == pytest.approx({n: 80.0 / n / 2**0.5 for n in NFE})
+    assert one.style != many.style
