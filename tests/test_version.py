@@ -20,20 +20,28 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True)
 
 
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def distribution(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+
+
+@pytest.mark.usefixtures("not_installed")
 def test_the_revision_is_the_packages_own(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "another project's")
-    elsewhere = revision(package)  # what installed this very package, if that was a repository
+    assert revision(package) is None
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "ours")
     own = revision(package)
     assert own is not None
     assert len(own) == 40
-    assert own != elsewhere
-    git(tmp_path, "tag", "v1.0")
+    git(tmp_path, "tag", "-a", "v1.0", "-m", "a release")
     assert revision(package) == own, "a commit, whatever its tags"
     (package / "__init__.py").write_text("changed")
     assert revision(package) == f"{own}-dirty"
@@ -63,9 +71,6 @@ def test_without_a_repository_it_is_what_the_package_was_installed_from(
     assert asked == ["direct_url.json"]
 
 
-def test_a_copy_that_was_not_installed_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def distribution(name: str) -> None:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "distribution", distribution)
+@pytest.mark.usefixtures("not_installed")
+def test_a_copy_that_was_not_installed_has_none(tmp_path: Path) -> None:
     assert revision(tmp_path) is None

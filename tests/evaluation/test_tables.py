@@ -11,6 +11,7 @@ from edmdistill.evaluation.results import Result, read_results, results_json
 from edmdistill.evaluation.tables import (
     GeneratorId,
     best_gamma_results,
+    markdown_table,
     number,
     result_tables,
     sampler_words,
@@ -52,7 +53,7 @@ def test_teacher_and_generator_by_nfe():
     assert table.claim == (
         "With 2 evaluations the generator reaches digits-FD 6.000, 1.50 times the teacher's best of 4.000 with 35."
     )
-    assert table.curves == {"generator": [(2, 6.0)], "teacher": [(3, 551.0), (35, 4.0)]}
+    assert [*table.curves.items()] == [("generator", [(2, 6.0)]), ("teacher", [(3, 551.0), (35, 4.0)])]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,8 @@ def test_a_sweep_is_by_what_varies():
     assert list(sweep_table([*levels[:1], generator(2, 5.0)]).curves) == ["gamma 1"]
     mixed = sweep_table([*levels, sampled(generator(1, 8.0), sigmas=None)])
     assert list(mixed.curves) == ["gamma 1, sigma 80", "gamma 1, sigma 40", "gamma 1"]
+    several = sweep_table([*levels, generator(2, 5.0)])  # of one number of steps there is one schedule
+    assert list(several.curves) == ["gamma 1, sigma 80", "gamma 1, sigma 40", "gamma 1, sigma 80 2.5"]
     by_score = sampled(at_gamma(0.0, 2, 7.0), solver="heun", gamma=None)
     (solvers,) = sweep_tables([at_gamma(0.0, 2, 6.0), by_score], OURS)
     assert list(solvers.curves) == ["heun", "gamma 0"]
@@ -251,12 +254,25 @@ def test_how_images_were_drawn_in_words():
 
 
 def test_repetitions_are_told():
-    thrice = replace(DONE, repeat=3)
-    (table,) = result_tables([teacher(35, 4.0, thrice)], OURS)
-    assert table.to_text().splitlines()[0] == "Protocol digits, 5000 images, means of 3 repetitions."
-    assert "means of 3 times 5000 images" in table.caption
+    twice = replace(DONE, repeat=2)
+    (table,) = result_tables([teacher(35, 4.0, twice)], OURS)
+    assert table.to_text().splitlines()[0] == "Protocol digits, 5000 images, means of 2 repetitions."
+    assert "means of 2 times 5000 images" in table.caption
     (named,) = result_tables([replace(teacher(35, 4.0), metrics={"a|b": 1.0})], OURS)
     assert named.to_markdown().splitlines()[0] == r"|  | NFE | a\|b | vs teacher's best | sampler |"
+
+
+def test_numbers_are_aligned_below_a_rule_of_as_many_columns() -> None:
+    text = markdown_table([["", "NFE", "FD"], ["teacher", "35", "4.000"]], numbers=2, notes=["Of one seed."])
+    assert text.splitlines() == ["|  | NFE | FD |", "|---|---:|---:|", "| teacher | 35 | 4.000 |", "", "Of one seed."]
+
+
+def test_the_evaluations_of_a_likelihood_are_no_curve() -> None:
+    """Its solver chooses them."""
+    likelihood = replace(DONE, name="nll", features=None)
+    (table,) = result_tables([teacher(nfe, 3.0, likelihood) for nfe in (80, 96)], OURS)
+    assert table.curves == {}
+    assert "bits per dimension" in table.caption
 
 
 def test_images_have_no_nfe():

@@ -93,12 +93,38 @@ def test_the_seconds_of_a_round(precision: str, peak: float, planned: list[int])
     assert (found.machine.micro_batch, found.seconds) == (32, pytest.approx(seconds + moved / HOST_SPEED, rel=1e-12))
 
 
+@pytest.mark.parametrize(("sets", "averages"), [([], 1), (["ema.sigma_rel=[0.05,0.1]"], 3)])
+def test_every_average_is_moved(sets: list[str], averages: int, planned: list[int]) -> None:
+    recipe = load_recipe("sid/digits", "sid", ["training.batch=64", *sets])
+    away = ALONE._replace(offload=("ema",))
+    near, far = (fit(recipe, None, machine, 1e9, BUSY, spill=False) for machine in (ALONE, away))  # type: ignore[arg-type]
+    assert far.seconds - near.seconds == pytest.approx(averages * EMA_TRAFFIC * 400 / HOST_SPEED, rel=1e-5)
+
+
 def test_the_fastest_way_that_fits_is_chosen(planned: list[int]) -> None:
     assert fitted(1400 + 100 * 64, Machine()).machine == Machine(micro_batch=64)
     assert fitted(1500 + 100 * 40, Machine()).machine == Machine(micro_batch=32)  # rather than recompute
     assert set(planned) == {1}
     assert fitted(1500 + 100 * 40, Machine(), processes=3).machine == Machine(micro_batch=22)
     assert planned[-1] == 3
+
+
+def test_one_pass_that_recomputes_may_be_faster_than_two(planned: list[int]) -> None:
+    """Where launches take the time."""
+    launches = BUSY._replace(launch=1.0)
+    for room, expected in ((7800, Machine(micro_batch=64)), (7400, Machine(micro_batch=64, checkpointing=True))):
+        memory = (room + 0.5) / (1 - HEADROOM)
+        assert fit(RECIPE, None, Machine(), memory, launches).machine == expected  # type: ignore[arg-type]
+
+
+def test_a_micro_batch_holds_whole_groups(planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 groups of 4 images in three passes: of 6, 5 and 5, where the images alone would be 22, 21 and 21."""
+    recipe = load_recipe("imm/digits", "imm", ["training.batch=64", "method.particles=4"])
+    make_plan = module.make_plan
+    monkeypatch.setattr(module, "make_plan", lambda *args: make_plan(*args)._replace(group_size=4))
+    memory = (1500 + 100 * 27 + 0.5) / (1 - HEADROOM)
+    found = fit(recipe, None, Machine(), memory, BUSY, spill=False)  # type: ignore[arg-type]
+    assert (found.machine, found.peak) == (Machine(micro_batch=24), 1500 + 100 * 24)
 
 
 def test_what_the_leanest_way_takes_is_said(planned: list[int]) -> None:
