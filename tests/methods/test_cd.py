@@ -168,6 +168,32 @@ def test_one_weight_of_guidance_for_both_ends_and_the_step(tiny_networks: Make, 
     assert len(first.unique()) == 6
 
 
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+@pytest.mark.parametrize("guide", ["classes", "network"])
+def test_the_teacher_s_step_is_guided_by_each_row_s_weight(
+    solver: Any, guide: Any, tiny_networks: Make, tiny_batch: Make
+) -> None:
+    """x_r, of which the target is asked, is where the step along F_guide + w (F - F_guide) ends."""
+    options: dict[str, Any] = {"guidance": (1.0, 3.0), "guide": guide, "mu": 0.9, "solver": solver}
+    networks, data, asked = tiny_networks(CD, **options), tiny_batch(), {}
+    for role in ("generator", "target"):
+        networks[role].register_forward_pre_hook(
+            lambda _, args, more, role=role: asked.update({role: (*args, more["w"])}), with_kwargs=True
+        )
+    CD(CDConfig(**options), networks, NOISE).consistency_loss(data, Draws(0, 6))
+    (x_t, t, _, w), (x_r, r, _, _) = asked["generator"], asked["target"]
+
+    def flow(x: Tensor, time: Tensor) -> Tensor:
+        F = networks["teacher"](x, time, data.labels)
+        F_guide = networks["guide"](x, time, data.labels) if guide == "network" else networks["teacher"](x, time, None)
+        return F_guide + over(x, w) * (F - F_guide)
+
+    ends = heun_step(flow, x_t, t, r, SIGMA_DATA)
+    expected = ends if solver == "heun" else ddim_step(x_t, flow(x_t, t), t, r, SIGMA_DATA)
+    torch.testing.assert_close(x_r, expected, rtol=1e-9, atol=1e-9)
+    assert len(w.unique()) == 6
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

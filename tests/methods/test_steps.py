@@ -51,3 +51,4 @@ def test_a_generator_learns_at_the_levels_of_its_schedule(
         assert float(z.std()) == pytest.approx(noise.sigma_data, rel=0.1)
         if turn.role == "generator":
             torch.testing.assert_close(loss.generated, calls[-1][2].detach()[-ROWS:], rtol=0, atol=0)
+            assert not loss.generated.requires_grad
