@@ -153,7 +153,7 @@ def resume(setting: Setting) -> Iterator[Line]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "micro-batches": {"micro_batch": 3},
+    "micro-batches": {"micro_batch": 7},
     "micro-batch auto": {"micro_batch": "auto"},
     "checkpointing": {"checkpointing": True},
     "workers": {"workers": 2},
