@@ -57,6 +57,10 @@ def _without_endless_words(text: str) -> str:
     return re.sub(r"\S{1000,}", lambda match: f"{match[0][:300]}...{match[0][-300:]}", text)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence on what is kept, and what is lost."""
+
+
 class EdmDistillError(Exception):
     """Base of all errors that the user can fix: a sentence, and more lines if needed.
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO, cast
 import click
 
 from edmdistill import __version__
-from edmdistill.errors import EdmDistillError, PeerFailed, printable, printable_lines
+from edmdistill.errors import EdmDistillError, Interrupted, PeerFailed, printable, printable_lines
 from edmdistill.machine.host import keep_freed_memory
 from edmdistill.methods import METHODS
 
@@ -127,9 +127,8 @@ def _interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            click.echo(
-                f"Interrupted: {printable_lines(str(interrupt))}" if interrupt.args else "Interrupted.", err=True
-            )
+            said = isinstance(interrupt, Interrupted)  # others may hold a library's text, as a codec's
+            click.echo(f"Interrupted: {printable_lines(str(interrupt))}" if said else "Interrupted.", err=True)
         sys.exit(130)
 
 

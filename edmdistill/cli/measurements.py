@@ -293,7 +293,7 @@ def measure(measurements: Measurements, folder: Path | None, show: Callable[[Seq
         show: prints and writes them.
     Raises: NotFiniteError: a measurement has no finite result; the others are shown.
     """
-    from edmdistill.errors import NotFiniteError
+    from edmdistill.errors import Interrupted, NotFiniteError
     from edmdistill.evaluation.measurements import run_measurements
     from edmdistill.progress import progress_bar
 
@@ -315,6 +315,6 @@ def measure(measurements: Measurements, folder: Path | None, show: Callable[[Seq
         rest = "the measurement in progress is lost"
         if work is not None:
             rest = f"the same command goes on with what is kept in {work.root}"
-        raise KeyboardInterrupt(f"{count if results else 'no measurement is done yet'}; {rest}.")
+        raise Interrupted(f"{count if results else 'no measurement is done yet'}; {rest}.")
     if failures:
         raise NotFiniteError("; ".join(failures))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edmdistill.cli.types import COMPILE, SECOND_MOMENTS, Count, Name, NumberList, OutputPath
-from edmdistill.errors import EdmDistillError, PeerFailed
+from edmdistill.errors import EdmDistillError, Interrupted, PeerFailed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,7 +106,7 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(kept()) from interrupt
+        raise Interrupted(kept()) from interrupt
 
 
 @contextmanager

@@ -205,9 +205,10 @@ def test_verbose_adds_the_traceback_of_a_users_error(run):
     assert lines[-1] == "Error: a.pkl is no checkpoint; give another"
 
 
-def test_ctrl_c_is_one_line_and_exit_130(run):
+@pytest.mark.parametrize("words", [(), ("decoding with 'cp437' codec failed (KeyboardInterrupt: )",)])
+def test_ctrl_c_is_one_line_and_exit_130(run, words):
     def body() -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*words)  # with words: as a codec makes it of one that came while it decoded
 
     result = run(body)
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
