@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
 from edmdistill.data.given import checked_classes, require_stored
+from edmdistill.data.labels import class_folders
 from edmdistill.data.latents import checked_moments
 from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.errors import DatasetError, counted, printable
@@ -173,9 +175,10 @@ class Dataset:
             return
         if self._labels is None or self.label_dim > label_dim:
             first = "; its labels begin at 1: subtract 1 from each" if self._labels_start_at_one() else ""
+            folders = f": {self._folders_to_classes()}" if self._folders_to_classes() else ""
             raise DatasetError(
                 f"{self.name} has {self.label_dim or 'no'} classes, but the network has {label_dim}, 0 to "
-                f"{label_dim - 1}{first or ': name data with its classes'}"
+                f"{label_dim - 1}{first or folders or ': give data with these classes'}"
             )
         self.label_dim = label_dim
         for i, (ours, theirs) in enumerate(zip(self.label_names or (), label_names or (), strict=False)):
@@ -183,13 +186,24 @@ class Dataset:
                 self.note(f"{self.name}: class {i} is {ours!r} there, and {theirs!r} to the network.")
                 break
 
-    def require_labels_from_zero(self) -> None:
-        """Raises DatasetError if the labels are 1 to K: a network made for them would never be trained on class 0."""
+    def _folders_to_classes(self) -> str:
+        """Returns how the top folders of a set without classes become its classes; empty where they hardly are any."""
+        folders = 0 if self._labels is not None or self.latent else class_folders(self.files)
+        command = f"`edmdistill data prepare {shlex.quote(self.name)} OUT.zip --labels folders`"
+        return f"{command} makes its {folders:,} top folders classes" if folders else ""
+
+    def require_clear_classes(self) -> None:
+        """Checks the classes for a network that is to be made for them; `notes` says if folders are taken for none.
+
+        Raises: DatasetError: they are 1 to K, so that the network would never be trained on class 0.
+        """
         if self._labels_start_at_one():
             raise DatasetError(
                 f"{self.name} has labels from 1 to {self.label_dim - 1}, but classes are counted from 0: subtract 1 "
                 "from each label in dataset.json"
             )
+        if folders := self._folders_to_classes():
+            self.note(f"{self.name} has no classes, so the network will have none; {folders}.")
 
     @cached_property
     def content_sha256(self) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edmdistill.checkpoints.encoder import Encoding
-from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name
+from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name, inner_path
 from edmdistill.errors import DatasetError, counted, printable
 
 MAX_CLASSES = 100_000
 """A class is a vector of as many numbers; the largest data sets in use have about 22,000 classes."""
 FORM = '{"labels": [[file, class], ...]}'
+_NUMBERED = re.compile(r"\d{5}")
 
 
 class Labels(NamedTuple):
@@ -37,6 +39,22 @@ class Labels(NamedTuple):
     absent: Sequence[str] = ()
     encoding: Encoding | None = None
     prepared: dict[str, Any] | None = None
+
+
+def top_folder(name: str) -> str:
+    """Returns the first folder of a file's path inside its set; empty for one that is in none."""
+    return inner_path(name).rpartition("/")[0].partition("/")[0]
+
+
+def are_numbered(folders: Iterable[str]) -> bool:
+    """Returns whether all folders are called as those that EDM's tool fills one after another, 00000, 00001 ..."""
+    return all(map(_NUMBERED.fullmatch, folders))
+
+
+def class_folders(names: Iterable[str]) -> int:
+    """Returns the number of top folders of files that may be classes; 0 for one folder, or where they are numbered."""
+    folders = {top_folder(name) for name in names}
+    return 0 if len(folders) < 2 or are_numbered(folders) else len(folders)
 
 
 def read_labels(files: Files, document: Member, images: Mapping[str, Member], left_out: Set[str]) -> Labels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from edmdistill.data.files import (
     require_readable,
     status_of,
 )
-from edmdistill.data.labels import Labels, read_labels
+from edmdistill.data.labels import Labels, are_numbered, read_labels, top_folder
 from edmdistill.data.pictures import REFUSED, SUFFIXES, Pictures
 from edmdistill.data.tar_files import TarFiles, decompress, is_compressed, is_tar
 from edmdistill.errors import DatasetError, counted, did_you_mean, printable
@@ -41,7 +40,6 @@ LABEL_RULES = {
 """Where classes come from."""
 TOP = "(no folder)"
 """The name of the class of the files that are in no folder."""
-_CHUNK = re.compile(r"\d{5}")
 
 
 def open_pictures(
@@ -167,9 +165,9 @@ def _classes_of_folders(names: Sequence[str], rule: str, is_zip: bool) -> tuple[
 
     Without `folders`, one folder is no class, and a zip has none, as in the official tool.
     """
-    tops = [name.partition("/")[0] if "/" in name else "" for name in names]
+    tops = [*map(top_folder, names)]
     classes = {top: label for label, top in enumerate(sorted(set(tops)))}
-    numbered = all(_CHUNK.fullmatch(top) for top in classes)
+    numbered = are_numbered(classes)
     inner = {"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}
     if rule == "auto" and not is_zip and len(classes) == 1 and len(inner) > 1:
         top = printable(next(iter(classes)))

@@ -49,7 +49,7 @@ def sketch(table: NetworkTable, dataset: Dataset) -> FlowNetwork:
 
 def make_network(table: NetworkTable, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns a network that fits the data, with random weights, and its configuration."""
-    dataset.require_labels_from_zero()
+    dataset.require_clear_classes()
     if dataset.latent and dataset.encoding is None:
         raise TrainingError(
             f"{dataset.name} does not say which VAE made its latents, and a network made for them must know it: encode "

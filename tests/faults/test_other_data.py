@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import shutil
 import zipfile
 from contextlib import nullcontext
@@ -190,8 +192,39 @@ def test_classes_are_counted_as_the_network_does(tmp_path: Path) -> None:
     assert fitted(tmp_path, CLASSES, 0).notes == []
     with pytest.raises(DatasetError, match="has no classes, but the network has 10"):
         fitted(tmp_path, None, 10)
-    with pytest.raises(DatasetError, match="has 3 classes, but the network has 2, 0 to 1: name data with its classes"):
+    with pytest.raises(DatasetError, match="has 3 classes, but the network has 2, 0 to 1: give data with these classes"):
         fitted(tmp_path, CLASSES, 2)
+
+
+@pytest.mark.parametrize("kind", [".zip", ""])
+def test_folders_that_could_be_classes(tmp_path: Path, kind: str) -> None:
+    """A folder for each class is a data set without classes: said, with a command that makes one with them."""
+    write = write_zip if kind else write_folder
+    source = write(tmp_path / f"my set{kind}", files(PIXELS[:4], None, "a/{}.png") | files(PIXELS[4:], None, "b/{}.png"))
+    data = open_dataset(source)
+    with pytest.raises(DatasetError, match="has no classes, but the network has 2, 0 to 1: `edmdistill") as refused:
+        require_fit(data, flow(2), Config)  # type: ignore[arg-type]
+    require_fit(data, flow(0), Config)  # type: ignore[arg-type]
+    assert data.notes == []  # a network without classes wants none
+    noted = start(source).dataset.notes
+    for sentence in (str(refused.value), *noted):
+        advice = re.search(r"`edmdistill (data prepare .* --labels folders)` makes its 2 top folders classes", sentence)
+        assert advice is not None
+    assert noted[0].startswith(f"{source} has no classes, so the network will have none; ")
+    arguments = [str(tmp_path / "set.zip") if part == "OUT.zip" else part for part in shlex.split(advice[1])]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    made = open_dataset(tmp_path / "set.zip")
+    assert (made.class_counts, made.label_names) == ([4, 4], ["a", "b"])
+
+
+@pytest.mark.parametrize("folders", [["00000", "00001"], ["a", "a"]])
+def test_folders_that_are_hardly_classes(tmp_path: Path, folders: list[str]) -> None:
+    first, second = folders
+    content = files(PIXELS[:4], None, f"{first}/{{}}.png") | files(PIXELS[4:], None, f"{second}/x{{}}.png")
+    data = open_dataset(write_folder(tmp_path / "set", content))
+    with pytest.raises(DatasetError, match="network has 2, 0 to 1: give data with these classes"):
+        require_fit(data, flow(2), Config)  # type: ignore[arg-type]
+    assert start(tmp_path / "set").dataset.notes == []
 
 
 def test_labels_that_begin_at_1(tmp_path: Path) -> None:
