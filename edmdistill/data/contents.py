@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edmdistill.data.decode import is_grid
-from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name, require_readable
+from edmdistill.data.files import BROKEN_LINK, Files, Member, as_dataset_error, canonical_name, require_readable
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.errors import DatasetError, counted, printable
 
@@ -140,7 +140,7 @@ def sort_files(
         elif base.lower().endswith(refused):
             unread.append(member.name)
         else:
-            left_out[member.name] = "not an image"
+            left_out[member.name] = BROKEN_LINK if member.problem == f"is {BROKEN_LINK}" else "not an image"
     if unread:
         count = f"{len(unread):,} images in formats that are" if len(unread) > 1 else "an image in a format that is"
         raise DatasetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import unicodedata
@@ -21,6 +22,7 @@ MEMBER_BYTES = 2**27
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Python can bound what these decompress to; bzip2 and LZMA expand a few bytes to gigabytes before it looks."""
 EXPECTED = f"give a zip, a folder, or the word {' or '.join(EMBEDDED)}"
+BROKEN_LINK = "a broken link"
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -177,10 +179,13 @@ class FolderFiles:
         todo = [""]
         while todo:
             folder = todo.pop()
-            where = printable(str(self.path / folder))
-            with as_dataset_error(f"{where} cannot be listed ({{}}); change its permissions".format):
+            try:
                 status = os.stat(self.path / folder)
                 entries = sorted(os.scandir(self.path / folder), key=lambda entry: entry.name)
+            except OSError as error:
+                where = printable(str(self.path / folder))
+                advice = "move or remove it" if error.errno == errno.ENAMETOOLONG else "change its permissions"
+                raise DatasetError(f"{where} cannot be listed ({error.strerror}); {advice}") from error
             first = seen.setdefault((status.st_dev, status.st_ino), folder)
             if first != folder:
                 raise DatasetError(
@@ -190,7 +195,7 @@ class FolderFiles:
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 member, is_folder = self._stat(name)
-                if is_folder:
+                if is_folder or entry.is_dir(follow_symlinks=False):  # one that cannot be reached, too
                     todo.append(name)
                 else:
                     members.append(member)
@@ -202,7 +207,7 @@ class FolderFiles:
             status = os.stat(self.path / name)
         except OSError as error:
             link = os.path.islink(self.path / name)
-            return Member(name, 0, None, "is a broken link" if link else f"cannot be read: {error.strerror}"), False
+            return Member(name, 0, None, f"is {BROKEN_LINK}" if link else f"cannot be read: {error.strerror}"), False
         if not stat.S_ISREG(status.st_mode):
             return Member(name, 0, None, f"is {_kind(status.st_mode)} and not a file"), stat.S_ISDIR(status.st_mode)
         self.changed = max(self.changed, status.st_ctime_ns)
@@ -231,16 +236,18 @@ def status_of(path: Path, expected: str) -> os.stat_result:
         raise DatasetError(f"{printable(str(path))} cannot be opened ({reason}); {expected}") from error
 
 
-def open_files(path: Path) -> Files:
+def open_files(path: Path, expected: str = EXPECTED) -> Files:
     """Returns the files of a zip or a folder.
 
+    Args:
+        expected: as of `status_of`.
     Raises: DatasetError: there is none, or it is something else.
     """
-    mode = status_of(path, EXPECTED).st_mode
+    mode = status_of(path, expected).st_mode
     if stat.S_ISDIR(mode):
         return FolderFiles(path)
     if not stat.S_ISREG(mode):
-        raise DatasetError(f"{path} is {_kind(mode)}; {EXPECTED}")
+        raise DatasetError(f"{path} is {_kind(mode)}; {expected}")
     if path.suffix.lower() == ".npz":
         raise DatasetError(f"{path} is an .npz, not a data set; give the images, as a zip or a folder")
     files = ZipFiles(path)

@@ -102,7 +102,7 @@ def _open(
     elif path.is_file() and not _starts_as_zip(path):
         raise DatasetError(f"{path} is none of the sources that are read; {EXPECTED}")
     else:
-        files = open_files(path)
+        files = open_files(path, EXPECTED)
     names = [member.name for member in files.members()]
     if cifar10.batches(names, split):
         return cifar10.open_cifar10(files, names, labels, split)

@@ -327,6 +327,12 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "out.zip").label_dim == 2
 
 
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(DatasetError, match=r"pipe\.tar is a named pipe; give a folder, a zip or a tar of pictures, CIF"):
+        open_pictures(tmp_path / "pipe.tar", tmp_path)
+
+
 def test_a_source_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_folder(tmp_path / "set", PICTURES)
     monkeypatch.setattr(sources.os, "access", lambda path, mode: False)  # for root all may

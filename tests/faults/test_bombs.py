@@ -248,8 +248,23 @@ def test_links(tmp_path: Path) -> None:
         tmp_path / "set",
         r"\. and link/loop are the same folder through a link, so its images would count twice; remove",
     )
+    (tmp_path / "elsewhere" / "loop").unlink()
+    (tmp_path / "set" / "disk").symlink_to("/no/such/disk")  # perhaps a folder of pictures
+    assert open_dataset(tmp_path / "set").notes == [f"{tmp_path}/set: left out 1 file: a broken link (disk)."]
     (tmp_path / "round.zip").symlink_to("round.zip")
     refused(tmp_path / "round.zip", r"round\.zip cannot be opened \(Too many levels of symbolic links\)")
+
+
+def test_a_folder_too_deep_to_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No path reaches what is in it, so it is not passed over as a file that is no image."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "0.png").write_bytes(GOOD)
+    monkeypatch.chdir(tmp_path / "set")
+    for _ in range(20):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    Path("1.png").write_bytes(GOOD)
+    refused(tmp_path / "set", r"\.\.\.[d/]+ cannot be listed \(File name too long\); move or remove it$")
 
 
 @pytest.mark.parametrize(
