@@ -232,7 +232,10 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(f"{folder} {other or why}") from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise Damaged(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error})") from error
-    version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")
+    if "format_version" not in fields:
+        why = f"is not a checkpoint of edmdistill: its {CONFIG} is another program's; give a converted teacher or a run"
+        raise CheckpointError(f"{folder} {describe_other_folder(folder) or why}")
+    version, (major, minor) = fields["format_version"], FORMAT_VERSION.split(".")
     supported = re.fullmatch(rf"{major}\.([0-9]{{1,9}})", version) if isinstance(version, str) else None
     if supported is None:
         raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from edmdistill.checkpoints.documents import markdown
 from edmdistill.errors import CheckpointError
 
 OTHER = "other"
@@ -38,6 +39,15 @@ def check_licence(text: str) -> str:
     raise CheckpointError(
         f"the licence {text[:80]!r} is neither an identifier of the Hub nor a name of the letters a-z, digits, dots "
         f"and hyphens: {hint}"
+    )
+
+
+def licence_words(licence: str | None) -> str:
+    """Returns a sentence for a README, in Markdown, on the licence of a checkpoint's weights; None: it is not known."""
+    return (
+        "The licence of its weights is unknown."
+        if licence is None
+        else f"Its weights are under this licence: {markdown(licence)}."
     )
 
 

@@ -19,7 +19,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, describ
 from edmdistill.checkpoints.documents import code, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
-from edmdistill.checkpoints.licences import licence_fields
+from edmdistill.checkpoints.licences import licence_fields, licence_words
 from edmdistill.checkpoints.safetensors_file import write_safetensors
 from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError, Damaged, counted
@@ -261,14 +261,13 @@ def _card(config: CheckpointConfig) -> str:
     """Returns the README.md of a checkpoint that is not published yet, with the Hub's header."""
     kinds = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
-    licence = provenance.licence or "other"
     digest = f" (sha256 {code(provenance.sha256)})" if provenance.sha256 else ""
     guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
     vae = "".join(f" {word}" for word in vae_words(config.encoder))
     fields = {"library_name": "edmdistill", "pipeline_tag": "unconditional-image-generation"}
     return f"""{front_matter(fields | licence_fields(provenance.licence))}
 This is {kinds[config.stage]} in edmdistill's TrigFlow format, from {markdown(provenance.source)}{digest}.
-Its weights are under this licence: {markdown(licence)}.
+{licence_words(provenance.licence)}
 {guidance}
     edmdistill sample PATH_OR_HUB_ID --seeds 0-15{vae} --out images/
 """

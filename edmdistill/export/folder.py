@@ -17,7 +17,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import EXPORT, VAE_FILES
-from edmdistill.checkpoints.licences import licence_fields
+from edmdistill.checkpoints.licences import licence_fields, licence_words
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.checkpoints.source import Source
 from edmdistill.checkpoints.vae import SUBFOLDER, Vae
@@ -153,10 +153,10 @@ def _find_vae(target: Target, config: CheckpointConfig, to: str, name: str | Non
 
 
 def _card(target: Target, config: CheckpointConfig, readme: str, parity: tuple[Parity, ...]) -> str:
-    licence, note = config.provenance.licence or "other", unfinished(config)
+    licence, note = licence_words(config.provenance.licence), unfinished(config)
     return f"""{front_matter(target.header | licence_fields(config.provenance.licence))}
 A {config.stage} from {markdown(config.provenance.source)}, exported by edmdistill {__version__}.
-Its weights are under this licence: {markdown(licence)}.{f" {note}" if note else ""}
+{licence}{f" {note}" if note else ""}
 
 {readme}
 Largest difference from edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number

@@ -89,10 +89,8 @@ def other_model(contents: RepositoryContents, config: CheckpointConfig) -> str |
         return f"another program's model, with a {CONFIG} of its own"
     theirs, ours = _identity(published), _identity(config)
     if others := [name for name, value in ours.items() if theirs[name] != value]:
-        return (
-            f"another model, {_describe(published)}, where this is {_describe(config)}, with another "
-            f"{' and another '.join(others)}"
-        )
+        differ = " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+        return f"another model, {_describe(published)}; this is {_describe(config)}, with another {differ}"
     signed = signed_model(contents.card)  # None for a card edited by hand
     if signed and contents.model_sha256 not in (None, signed):
         return f"a {MODEL} that edmdistill did not put there"

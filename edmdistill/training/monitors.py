@@ -159,9 +159,9 @@ class Health:
             if not STD_RATIOS[0] < ratio < STD_RATIOS[1] or abs(off) > MEAN_OFF:
                 yield (
                     "saturation",
-                    f"channel {channel} of the generated images has {ratio:.2g} times the data's standard deviation "
-                    f"and a mean {off:.2g} of these off: the generator runs away; try a lower training.lr or, "
-                    "where the method has one, a lower method.alpha",
+                    f"channel {channel} of the generated images has {ratio:.2g} times the data's standard deviation, "
+                    f"and its mean is {abs(off):.2g} such deviations {'below' if off < 0 else 'above'} the data's: the "
+                    "generator runs away; try a lower training.lr or, where the method has one, a lower method.alpha",
                 )
         for name in filter(lambda name: name.startswith("grad_norm/"), line):
             norms = self._norms.setdefault(name, deque(maxlen=NORMS))

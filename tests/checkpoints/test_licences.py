@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edmdistill.checkpoints.licences import HUB_LICENCES, NAME, check_licence, licence_fields
+from edmdistill.checkpoints.licences import HUB_LICENCES, NAME, check_licence, licence_fields, licence_words
 from edmdistill.errors import CheckpointError
 
 
@@ -43,3 +43,8 @@ def test_the_refusal_says_how_to_write_it() -> None:
         check_licence("My Own Licence 1.0")
     with pytest.raises(CheckpointError, match=r"write 'our-licence-v2'$"):
         check_licence("(Our) licence (v2)")
+
+
+def test_a_readme_says_what_is_known() -> None:
+    assert licence_words(None) == "The licence of its weights is unknown."
+    assert licence_words("my_*own*") == r"Its weights are under this licence: my\_\*own\*."

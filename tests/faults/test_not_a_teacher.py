@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints import openai
+from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import load_official
 from edmdistill.checkpoints.openai import UnknownNetwork, read_openai, to_adm
@@ -137,6 +138,21 @@ def test_folders(tmp_path: Path, files: tuple[str, ...], why: str) -> None:
         (tmp_path / name).write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match=rf"^{tmp_path} [^\n]*{why}[^\n]*$"):
         load_official(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "why"),
+    [
+        ("model.safetensors", r"is not a checkpoint of edmdistill: its config\.json is another program's; give a conv"),
+        ("diffusion_pytorch_model.safetensors", "is a folder of diffusers', which cannot be read: give the pickle"),
+    ],
+)
+def test_models_of_another_program(tmp_path: Path, weights: str, why: str) -> None:
+    """What `sample`, `eval` and `train` say of a folder that is also called as a model on the Hub is."""
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel", "sample_size": 32}')
+    (tmp_path / weights).touch()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} {why}"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["optimizer_state", "g_optimizer_state", "fake_score_optimizer_state"])

@@ -192,7 +192,9 @@ def test_classes_are_counted_as_the_network_does(tmp_path: Path) -> None:
     assert fitted(tmp_path, CLASSES, 0).notes == []
     with pytest.raises(DatasetError, match="has no classes, but the network has 10"):
         fitted(tmp_path, None, 10)
-    with pytest.raises(DatasetError, match="has 3 classes, but the network has 2, 0 to 1: give data with these classes"):
+    with pytest.raises(
+        DatasetError, match="has 3 classes, but the network has 2, 0 to 1: give data with these classes"
+    ):
         fitted(tmp_path, CLASSES, 2)
 
 
@@ -200,7 +202,9 @@ def test_classes_are_counted_as_the_network_does(tmp_path: Path) -> None:
 def test_folders_that_could_be_classes(tmp_path: Path, kind: str) -> None:
     """A folder for each class is a data set without classes: said, with a command that makes one with them."""
     write = write_zip if kind else write_folder
-    source = write(tmp_path / f"my set{kind}", files(PIXELS[:4], None, "a/{}.png") | files(PIXELS[4:], None, "b/{}.png"))
+    source = write(
+        tmp_path / f"my set{kind}", files(PIXELS[:4], None, "a/{}.png") | files(PIXELS[4:], None, "b/{}.png")
+    )
     data = open_dataset(source)
     with pytest.raises(DatasetError, match="has no classes, but the network has 2, 0 to 1: `edmdistill") as refused:
         require_fit(data, flow(2), Config)  # type: ignore[arg-type]

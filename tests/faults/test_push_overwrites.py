@@ -170,9 +170,13 @@ def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> No
         ),
         ({"method": "sid"}, "another model, a generator by sid.* with another method: "),
         ({"stage": "teacher"}, "another model, a teacher .* with another stage: "),
-        ({"sha256": "34" * 32}, r"another model, a generator .* \(343434343434\), .* with another source: "),
+        ({"sha256": "34" * 32}, r"another model, a generator .* \(343434343434\); .* with another source: "),
         ({"parent": "12" * 32}, "another model, a generator.* with another parent: "),
-        ({"guide": "12" * 32, "init": "56" * 32}, "another model, a generator.* with another guide and another init: "),
+        (
+            {"method": "sid", "parent": "12" * 32, "init": "56" * 32},
+            r"another model, a generator.*; this is .* with another \w+, \w+ and \w+: ",
+        ),
+        ({"guide": "12" * 32, "init": "56" * 32}, "another model, a generator.* with another guide and init: "),
     ],
 )
 def test_another_runs_repository_is_refused(

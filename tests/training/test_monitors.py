@@ -53,7 +53,7 @@ def line(images: int, *, diversity: float = 0.8, mean: float = 0.0, std: float =
         ({"diversity": 0.2}, "collapse", "the generated images vary 0.20 times as much as the data"),
         ({"std": 2.5}, "saturation", "channel 0 of the generated images has 2.5 times the data's standard deviation"),
         ({"std": 0.4}, "saturation", "has 0.4 times the data's standard deviation"),
-        ({"mean": -0.7}, "saturation", "a mean -0.7 of these off"),
+        ({"mean": -0.7}, "saturation", "and its mean is 0.7 such deviations below the data's: the generator runs away"),
         ({"norm": 50.0}, "runaway", "the gradient of the generator is 50 times as large as it was"),
     ],
 )
