@@ -26,6 +26,8 @@ from edmdistill.transfer import is_gpu, require_device
 
 Weights = Literal["ema", "raw"]
 Dtype = torch.dtype | Literal["auto"] | None
+IN_INTERVALS = ("scd", "sct")
+"""The methods whose option `intervals` trains for certain steps alone."""
 DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, "auto")
 
 
@@ -107,26 +109,30 @@ def read_teacher(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointCo
     return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
 
 
-def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> tuple[FlowNetwork, CheckpointConfig]:
+def read_first_stage(
+    source: str | Path | Source, methods: tuple[str, ...], of_steps: bool = False
+) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns a generator that another training goes on from, and its configuration, as read_teacher does.
 
     Args:
         source: as load_model's.
-        methods: those by which it may have been trained.
+        methods: those by which it may have been trained; with "diffusion", it may be a teacher, too.
+        of_steps: whether it may be for certain steps alone.
     Raises: CheckpointError: it is a teacher, by another method, guided, for certain steps alone, or unreadable.
         HubError: the Hub refuses.
     """
     source = open_source(source)
     flow, config = _read(source, "ema")
-    if config.stage != "generator" or config.method not in methods:
+    is_teacher = config.stage == "teacher" and "diffusion" in methods
+    if not is_teacher and (config.stage != "generator" or config.method not in methods):
         described = f"a generator of {config.method}" if config.stage == "generator" else f"a {config.stage}"
-        raise CheckpointError(
-            f"{source} is {described}, not a first stage: train one by {', '.join(methods[:-1])} or {methods[-1]}"
-        )
-    if config.trained_sigmas:
+        known = " or ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
+        raise CheckpointError(f"{source} is {described}, not a first stage: train one by {known}")
+    if config.trained_sigmas and not of_steps:
+        advice = "train it with --set method.intervals=1" if config.method in IN_INTERVALS else "give one that does"
         raise CheckpointError(
             f"{source} was trained for {counted(len(config.trained_sigmas), 'step')} and does not jump from every "
-            "noise level to data, as a first stage must: train it with --set method.intervals=1"
+            f"noise level to data, as a first stage must: {advice}"
         )
     if flow.guided:
         raise CheckpointError(

@@ -233,7 +233,10 @@ class Method(ABC, Generic[ConfigT]):
         roles: the networks of the default options, by name; `roles_for` gives those of others.
         product: the role whose average is the run's result.
         noise_levels: the options that are noise levels of the teacher's range; one that is 0 stands for none.
-        first_stages: methods whose generators are its teachers; none: a teacher is a diffusion model.
+        first_stages: methods whose generators are its teachers, and "diffusion" where a diffusion model is one, too;
+            none: a teacher is a diffusion model.
+        stages_have_steps: whether a first stage may be trained for certain steps alone, as in progressive distillation;
+            else it has to jump from every noise level to data.
         splits_loss: whether the generator's loss goes through `pieces`.
         pieces: how it is computed.
     """
@@ -243,6 +246,7 @@ class Method(ABC, Generic[ConfigT]):
     product: ClassVar[str] = "generator"
     noise_levels: ClassVar[tuple[str, ...]] = ()
     first_stages: ClassVar[tuple[str, ...]] = ()
+    stages_have_steps: ClassVar[bool] = False
     splits_loss: ClassVar[bool] = False
     pieces: Pieces = Pieces()
 

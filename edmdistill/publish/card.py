@@ -256,7 +256,10 @@ def _has_teacher(config: CheckpointConfig) -> bool:
     method = METHODS.get(config.method or "")
     if config.stage != "generator" or config.provenance.parent is None:  # CTM has none when trained from scratch
         return False
-    return method is None or ("teacher" in method.load().roles and not method.load().first_stages)
+    if method is None:
+        return True
+    kind = method.load()
+    return "teacher" in kind.roles and (not kind.first_stages or "diffusion" in kind.first_stages)
 
 
 def _licence(config: CheckpointConfig) -> str:

@@ -255,6 +255,12 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
             tables = msgspec.json.decode(text, type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise RecipeError(f"the resolved recipe is not JSON ({error}): start a new run directory") from None
+        method = tables.get("method")
+        if isinstance(method, dict) and isinstance(name := method.get("name"), str) and name not in METHODS:
+            raise RecipeError(
+                f"the run was trained by {name!r}, a method that neither edmdistill nor an installed package has: "
+                "install the package that has it"
+            )
         return Recipe.from_tables(tables, "the resolved recipe")
 
     @staticmethod

@@ -115,9 +115,9 @@ def read_sources(
     """Opens the data and reads the networks; the arguments are those of `prepare`."""
     dataset = _open_data(recipe, data)
     name, warm_start = recipe.method_name, None if init is None else read_init(init, recipe)
-    stages = recipe.method_class.first_stages
+    stages, of_steps = recipe.method_class.first_stages, recipe.method_class.stages_have_steps
     if teacher is not None:
-        flow, config = read_first_stage(teacher, stages) if stages else read_teacher(teacher)
+        flow, config = read_first_stage(teacher, stages, of_steps) if stages else read_teacher(teacher)
     elif warm_start is not None and starts_from_init(recipe):
         flow, config = drop_second_time(warm_start.flow), warm_start.config
     elif recipe.network is not None:

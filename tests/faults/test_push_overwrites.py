@@ -173,7 +173,7 @@ def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> No
         ({"sha256": "34" * 32}, r"another model, a generator .* \(343434343434\); .* with another source: "),
         ({"parent": "12" * 32}, "another model, a generator.* with another parent: "),
         (
-            {"method": "sid", "parent": "12" * 32, "init": "56" * 32},
+            {"parent": "12" * 32, "guide": "34" * 32, "init": "56" * 32},
             r"another model, a generator.*; this is .* with another \w+, \w+ and \w+: ",
         ),
         ({"guide": "12" * 32, "init": "56" * 32}, "another model, a generator.* with another guide and init: "),
