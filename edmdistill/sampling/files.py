@@ -32,6 +32,8 @@ from edmdistill.sampling.single_file import GridFile, NpzFile
 
 FILE_KINDS = {".npz": NpzFile, ".png": GridFile}
 """Outputs that are one file, by suffix; any other name that has no suffix of a file format is a folder."""
+DIGITS = 6
+"""Of a number in a sentence on other samples."""
 FORMAT_SUFFIX = re.compile(r"\.(?!v[0-9]+$)[a-z][a-z0-9]*")
 """A suffix of a file format: samples.pt is meant to be a file, run.v2 and frogs-2.5 are not."""
 
@@ -343,7 +345,11 @@ def _difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """Returns what differs between two requests, in words."""
     stored, requested = _flat(stored), _flat(requested)
     keys = [key for key in {**stored, **requested} if stored.get(key) != requested.get(key)]
-    return ", ".join(f"{key} {_shorten(stored.get(key))} there, {_shorten(requested.get(key))} now" for key in keys)
+    pairs = [(key, _shorten(stored.get(key)), _shorten(requested.get(key))) for key in keys]
+    return ", ".join(
+        f"{key} {there} there, {now} now" if there != now else f"{key} differs beyond {DIGITS} digits"
+        for key, there, now in pairs
+    )
 
 
 def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,5 +361,9 @@ def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
 def _shorten(value: object) -> str:
     if value is None:
         return "none"
+    if isinstance(value, float):
+        return f"{value:.{DIGITS}g}"
     text = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, list | tuple) and all(isinstance(entry, float) for entry in value):
+        text = f"[{', '.join(map(_shorten, value))}]"
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -65,10 +65,12 @@ def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
         )
     is_number = re.fullmatch(r"[-+.\d]+", name)
     near = [] if is_number else get_close_matches(name, [part for parts in synonyms for part in parts], n=3)
-    hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"
-    raise EdmDistillError(
-        f"there is no class {word!r}" + (f": {hint}" if near else f"; classes run from 0 to {label_dim - 1}")
-    )
+    hint = f"; classes run from 0 to {label_dim - 1}"
+    if near:
+        hint = f": did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"
+    elif label_dim <= 10 and not is_number:
+        hint = f": classes are {', '.join(f'{number} ({entry})' for number, entry in enumerate(names))}"
+    raise EdmDistillError(f"there is no class {word!r}{hint}")
 
 
 def _normalize(name: str) -> str:

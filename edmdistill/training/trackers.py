@@ -81,8 +81,9 @@ def trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any], ima
             try:
                 tracker.start()
             except Exception as error:  # the trackers' errors have no common class
+                reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
                 raise TrainingError(
-                    f"--log-with {name} cannot be opened: {error}; fix that, or leave it out"
+                    f"--log-with {name} cannot be opened: {reason}; fix that, or leave it out"
                 ) from error
             opened.append(tracker)
         yield Trackers(opened)

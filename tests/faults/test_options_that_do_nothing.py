@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
 
@@ -98,3 +99,14 @@ def test_other_samples_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     assert "out: 1 image\n" in result.stderr
     result = CliRunner().invoke(main, [*words, "3"])
     assert "holds other samples (nfe 1 there, 3 now): choose another path" in result.stderr
+
+
+def test_other_noise_levels_are_shown_as_they_are_given(tmp_path: Path) -> None:
+    """Not as they come back from the circle, where 80 is 80.00000000000027."""
+    generator = str(tiny_generator(tmp_path / "tiny"))
+    words = ["sample", generator, "--out", str(tmp_path / "out"), "--seeds", "0", "--device", "cpu", "--t"]
+    assert CliRunner().invoke(main, [*words, "80,5"]).exit_code == 0
+    for levels, said in {"80,2.5": "80, 2.5", "80,5.000001": None}.items():
+        result = CliRunner().invoke(main, [*words, levels])
+        differs = "sigmas differs beyond 6 digits" if said is None else f"sigmas [80, 5] there, [{said}] now"
+        assert f"out holds other samples ({differs}): choose another path" in result.stderr

@@ -90,3 +90,16 @@ def test_a_run_at_weights_and_biases_has_an_id_of_its_own(tmp_path: Path, monkey
     (tmp_path / "a").mkdir()
     assert open_in(tmp_path / "a") != first
     assert open_in(moved) == first
+
+
+def test_what_a_tracker_says_becomes_part_of_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wandb:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def start(self) -> None:
+            raise ValueError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
+    said = r"cannot be opened: No API key configured\. Use `wandb login` to log in; fix that, or leave it out$"
+    with pytest.raises(TrainingError, match=said), trackers(["wandb"], tmp_path, {}, 0):
+        pass
