@@ -21,6 +21,9 @@ from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.checkpoints.unsupported import describe_folder, refuse_by_name
 from edmdistill.errors import CheckpointError
 
+BUFFERS = {"freqs", "phases", "resample_filter"}
+"""What our networks call the tensors that are never trained."""
+
 
 def inspect(source: str | Path | Source) -> dict[str, object]:
     """Returns what is in a checkpoint folder, a run or a file that convert reads, as JSON has it.
@@ -111,10 +114,13 @@ def _ours(folder: Path) -> dict[str, object]:
         raise CheckpointError(f"{folder} {describe_folder(folder)} ({missing})") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again") from error
+    numbers = {name: math.prod(shape) for name, (_, shape) in tensors.items()}
+    fixed = sum(count for name, count in numbers.items() if name.rpartition(".")[2] in BUFFERS)
     head = {"file": str(folder), "format": "edmdistill checkpoint", "sha256": digest}
     return {
         **(head | fields | head),  # first in order, and not to be overridden by config.json
-        "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
+        "parameters": sum(numbers.values()) - fixed,
+        "buffers": fixed,
         "dtypes": dict(Counter(dtype for dtype, _ in tensors.values())),
         "tensors": tensors,
     }

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.inspect import inspect, to_json, to_text
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.errors import CheckpointError
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 
 CONFIG = {
     "format_version": "1.0",
@@ -53,6 +58,30 @@ def test_ours(folder: Path) -> None:
     assert summary["parameters"] == 7
     assert summary["dtypes"] == {"float16": 1, "float32": 1}
     assert summary["tensors"] == {"b": ["float32", []], "w": ["float16", [2, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (
+            "song",
+            {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "skip", "channel_mult": [1, 2]},
+        ),
+        ("adm", {"channel_mult": [1, 2]}),
+        ("edm2", {"channel_mult": [1, 2], "logvar_channels": 8, "two_time": True}),
+    ],
+)
+def test_parameters_are_those_that_training_counts(kind: str, arguments: dict[str, object], tmp_path: Path) -> None:
+    """And buffers the rest: frequencies, phases, filters of resampling."""
+    shape = {"img_resolution": 8, "label_dim": 3, "model_channels": 8, "num_blocks": 1, "attn_resolutions": []}
+    channels = {"img_channels": 2} if kind == "edm2" else {"in_channels": 2, "out_channels": 2}
+    flow = FlowNetwork(NETWORKS[kind](**shape, **channels, **arguments), EDM())
+    provenance = Provenance(source="a test", licence="mit")
+    save_checkpoint(tmp_path / "it", flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow)))
+    summary = inspect(tmp_path / "it")
+    counted = [sum(tensor.numel() for tensor in kind()) for kind in (flow.parameters, flow.buffers)]
+    assert [summary["parameters"], summary["buffers"]] == counted
+    assert counted[1] > 0
 
 
 def test_config_does_not_speak_for_its_file(folder: Path) -> None:
