@@ -254,3 +254,17 @@ def test_a_reader_may_know_more_names(tmp_path: Path) -> None:
             else:
                 with pytest.raises(Unreadable, match=r"asks for 'a\.marker'"):
                     read_it(names)
+
+
+@pytest.mark.parametrize("name", ["00000/img00000000.png", "dataset.json"])
+def test_a_data_set_is_told_from_a_damaged_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its size, which may be more than any checkpoint has members."""
+    monkeypatch.setattr(module, "MAX_MEMBERS", 3)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i in range(4):
+            archive.writestr(f"{i}.npy", b"x")
+        archive.writestr(name, b"x")
+    with pytest.raises(Unreadable, match="^is a data set and no checkpoint: `edmdistill data inspect` shows it"):
+        Archive(tmp_path / "set.zip")
