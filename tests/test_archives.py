@@ -266,5 +266,5 @@ def test_a_data_set_is_told_from_a_damaged_checkpoint(
         for i in range(4):
             archive.writestr(f"{i}.npy", b"x")
         archive.writestr(name, b"x")
-    with pytest.raises(Unreadable, match="^is a data set and no checkpoint: `edmdistill data inspect` shows it"):
+    with pytest.raises(Unreadable, match=r"^is a data set and no checkpoint: `edmdistill data inspect` shows it"):
         Archive(tmp_path / "set.zip")

@@ -20,7 +20,7 @@ from edmdistill.recipes.schema import CompileMode, EvaluationTable, Recipe
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.run import Run
-from edmdistill.training.sources import Init
+from edmdistill.training.sources import Init, teacher_problem
 
 
 def require_guide(recipe: Recipe, guide: object) -> None:
@@ -97,18 +97,9 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
     """Raises: TrainingError: the method cannot distill this teacher, or forcing its guidance would do nothing; an
     option is a noise level that the teacher does not know.
     """
-
-    def problem(label_dropout: float | None) -> str | None:
-        return recipe.method_class.check_teacher(
-            recipe.method,
-            positional_time=flow.network.positional_time,
-            label_dim=flow.label_dim,
-            label_dropout=label_dropout,
-        )
-
-    if sentence := problem(None if force_guidance else flow.label_dropout):
+    if sentence := teacher_problem(recipe, flow, None if force_guidance else flow.label_dropout):
         raise TrainingError(sentence)
-    if force_guidance and problem(0.0) is None:
+    if force_guidance and teacher_problem(recipe, flow, 0.0) is None:
         raise TrainingError(
             f"--force-guidance has no effect: in this recipe of {recipe.method_name} the teacher does not guide "
             "itself; leave it out"

@@ -22,6 +22,7 @@ from edmdistill.errors import Damaged, RecipeError, TrainingError, counted, with
 from edmdistill.machine.host import host_memory
 from edmdistill.networks import NETWORKS, base, image_arguments
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import NetworkTable, Recipe
 
 
@@ -135,6 +136,28 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     return Init(without_secrets(str(source)), flow, config, given.sha256, auxiliary)
 
 
+def teacher_problem(recipe: Recipe, flow: FlowNetwork, label_dropout: float | None) -> str | None:
+    """Returns why the method cannot distill a network, as a sentence with a fix that works for this one, or None.
+
+    Args:
+        label_dropout: as of `Method.check_teacher`.
+    """
+
+    def problem(reads_time: bool) -> str | None:
+        return recipe.method_class.check_teacher(
+            recipe.method, positional_time=reads_time, label_dim=flow.label_dim, label_dropout=label_dropout
+        )
+
+    found = problem(flow.network.positional_time)
+    if found is None or isinstance(flow.preconditioning, EDM) or found == problem(True):
+        return found
+    return (
+        f"the teacher has {type(flow.preconditioning).__name__}'s preconditioning, which makes continuous-time "
+        "training unstable, and cannot be made to read t: use an EDM or EDM2 teacher, or "
+        "--set method.allow_edm_time=true"
+    )
+
+
 def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig, recipe: Recipe) -> None:
     """Raises: TrainingError: the recipe's generator cannot start as this one."""
     role = recipe.roles[recipe.method_class.product]
@@ -151,11 +174,5 @@ def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig,
         raise TrainingError(
             f"{source} reads a guidance weight, but this recipe's generator does not: {advice}, or leave --init out"
         )
-    problem = recipe.method_class.check_teacher(
-        recipe.method,
-        positional_time=flow.network.positional_time,
-        label_dim=flow.label_dim,
-        label_dropout=None,
-    )
-    if problem is not None:
+    if (problem := teacher_problem(recipe, flow, None)) is not None:
         raise TrainingError(f"{source} reads what its teacher read, and {problem}, or leave --init out")

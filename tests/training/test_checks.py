@@ -1,5 +1,6 @@
 """What a method cannot do with a teacher is said before anything is trained."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
+from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP, Preconditioning
 from edmdistill.recipes.library import load_recipe
 from edmdistill.training.checks import require_edm_time, require_teacher
 
@@ -40,6 +42,21 @@ def test_allowing_edms_time_is_refused_where_all_networks_read_t(method: str) ->
     require_edm_time(load_recipe(f"{method}/digits"), [TEACHER])
     with pytest.raises(TrainingError, match="allow_edm_time has no effect"):
         require_edm_time(allowed, [TEACHER, TEACHER])
+
+
+@pytest.mark.parametrize("method", ["scd", "sct", "fmd", "mean-flow"])
+@pytest.mark.parametrize("made", [EDM(), VP(), VE(), IDDPM()], ids=lambda made: type(made).__name__)
+def test_a_teacher_that_does_not_read_t_gets_advice_that_fits_it(method: str, made: Preconditioning) -> None:
+    """`convert --time-embedding positional` takes EDM's preconditioning alone."""
+    teacher = SimpleNamespace(
+        **vars(TEACHER) | {"network": SimpleNamespace(positional_time=False)}, preconditioning=made
+    )
+    with pytest.raises(TrainingError, match="makes continuous-time training unstable") as refused:
+        require_teacher(load_recipe(f"{method}/digits"), teacher, force_guidance=False)  # type: ignore[arg-type]
+    assert ("--time-embedding positional" in str(refused.value)) == isinstance(made, EDM)
+    assert ("use an EDM or EDM2 teacher" in str(refused.value)) != isinstance(made, EDM)
+    (advised,) = re.findall(r"--set (\S+)", str(refused.value))
+    require_teacher(load_recipe(f"{method}/digits", sets=[advised]), teacher, False)  # type: ignore[arg-type]
 
 
 def test_every_method_with_such_an_option_is_covered() -> None:
