@@ -66,7 +66,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], mutable: Collec
     why = {
         TOTAL: "; it may only grow"
         if new.get("training.lr_decay") != "linear"
-        else '; it may not grow, because training.lr_decay = "linear" depends on it'
+        else '; it may not change, because training.lr_decay = "linear" depends on it'
     }
     return [
         f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now{why.get(key, '')}"

@@ -16,7 +16,8 @@ CASES = [
     ({}, 40, None),
     ({"lr_decay": "inverse_sqrt", "decay_images": 16}, 40, None),
     ({}, 16, "training.images: 24 there, 16 now; it may only grow"),
-    ({"lr_decay": "linear"}, 40, 'it may not grow, because training.lr_decay = "linear" depends on it'),
+    ({"lr_decay": "linear"}, 40, 'it may not change, because training.lr_decay = "linear" depends on it'),
+    ({"lr_decay": "linear"}, 16, 'it may not change, because training.lr_decay = "linear" depends on it'),
 ]
 
 
