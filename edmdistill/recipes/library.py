@@ -303,6 +303,9 @@ def _unknown_recipe(name: str) -> str:
 def _unknown_file(name: str) -> str:
     """Returns the error for a file that does not exist, with the nearest file or the shipped recipe of that name."""
     path, stem = Path(name), name.removesuffix(".toml")
+    if os.path.exists(path):
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        return f"{name[:300]} is {kind} and no file: give a recipe's file"
     if stem in recipe_names():
         return f"there is no file {name}; the recipe that ships with the package is {stem!r}"
     names = [file for file in os.listdir(path.parent) if file.endswith(".toml")] if os.path.isdir(path.parent) else []

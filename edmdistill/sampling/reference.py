@@ -79,6 +79,8 @@ def read_image(path: Path, channels: int, resolution: int) -> Tensor:
             "latents: leave --reference out"
         )
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever for someone to write to it
+            raise OSError("it is not a file")
         with Image.open(path) as image:
             size = f"{resolution}x{resolution}"
             if image.size != (resolution, resolution):  # before its pixels are read
