@@ -48,9 +48,7 @@ class Archive:
             raise Unreadable("is a zip archive that is cut short or damaged: download it again") from error
         members = self.zip.infolist()
         if any(member.filename.lower().endswith((".png", "dataset.json")) for member in members):
-            raise Unreadable(
-                "is a data set and no checkpoint: `edmdistill data inspect` shows it, --data and --ref take it"
-            )
+            raise Unreadable("is a data set and no checkpoint: `edmdistill data inspect` shows it")
         if len(members) > MAX_MEMBERS:
             raise Unreadable(f"is a zip archive of {len(members):,} members, which no checkpoint has: {INTACT}")
         for member in members:

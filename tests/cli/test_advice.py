@@ -146,7 +146,7 @@ def endings(path: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             text, name = node.exc.args[0], ast.unparse(node.exc.func).rpartition(".")[2]
             last = text.values[-1] if isinstance(text, ast.JoinedStr) else text
-            if is_text(last) and name != "KeyboardInterrupt":  # which says a sentence of its own
+            if is_text(last) and name != "Interrupted":  # which says a sentence of its own
                 yield name, last.value
 
 

@@ -109,7 +109,7 @@ def test_a_second_stage_goes_on_from_a_first(start, recipe, teacher, tmp_path):
         ):
             prepare(recipe("tcm"), data="digits", teacher=source)
     first = load_checkpoint(teacher.with_name("first-stage"))
-    in_intervals = replace(first[1], trained_sigmas=(80.0, 0.5))
+    in_intervals = replace(first[1], method="scd", trained_sigmas=(80.0, 0.5))
     save_checkpoint(tmp_path / "intervals", first[0], in_intervals)
     with pytest.raises(CheckpointError, match=r"trained for 2 steps and does not jump .* --set method\.intervals=1"):
         prepare(recipe("tcm"), data="digits", teacher=tmp_path / "intervals")

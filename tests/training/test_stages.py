@@ -9,7 +9,7 @@ import torch
 
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError, RecipeError
+from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS, MethodEntry
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Sampling, Turn
@@ -104,5 +104,7 @@ def test_a_run_by_a_method_that_is_not_installed(
     four = stage(teacher, 4, tmp_path / "four")
     monkeypatch.delitem(METHODS, "halving")
     assert load_flow(four)[1].method == "halving"
-    with pytest.raises(RecipeError, match=r"was trained by 'halving', a method that neither .*: install the package"):
+    with pytest.raises(
+        EdmDistillError, match=r"four: the run was trained by 'halving', a method that neither .*: install the package"
+    ):
         build_package(four, "me/four")
