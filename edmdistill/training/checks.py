@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from msgspec import UNSET
 
@@ -21,6 +21,9 @@ from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.run import Run
 from edmdistill.training.sources import Init, teacher_problem
+
+WARM_UPS = ("method.warmup_images", "method.trajectory_images", "method.gan_warmup_images", "training.lr_rampup_images")
+"""The options after which something else begins, where a method has them."""
 
 
 def require_guide(recipe: Recipe, guide: object) -> None:
@@ -55,6 +58,18 @@ def require_options(recipe: Recipe, machine: Machine) -> None:
         raise TrainingError(
             f"--loss-pieces has no effect: {recipe.method_name} has no loss that can be split; leave it out"
         )
+
+
+def idle_notes(recipe: Recipe, machine: Machine) -> Iterator[str]:
+    """Yields notes on what does nothing in this run, or on this machine, but is no mistake elsewhere."""
+    images = recipe.training.images
+    for name in WARM_UPS:
+        table, _, key = name.partition(".")
+        length = getattr(getattr(recipe, table), key, 0)
+        if length > images:
+            yield f"{name} = {length:,} is more than the run's {images:,} images: what it leads up to never begins."
+    if machine.offload and process_device(machine.device).type == "cpu":
+        yield "--offload saves nothing on a CPU, whose memory is the host's."
 
 
 def compile_mode(recipe: Recipe, machine: Machine) -> CompileMode:

@@ -77,7 +77,7 @@ def prepare(
     named = {name: config for name, config in zip((teacher or init, guide, init), configs, strict=True) if config}
     notes += filter(None, [unfinished(config, without_secrets(str(name))) for name, config in named.items()])
     notes += filter(None, [generator_warning(sources.config.noise_dependence, teacher)])
-    notes += filter(None, [checks.rounding_note(recipe, sources.flow, machine)])
+    notes += filter(None, [checks.rounding_note(recipe, sources.flow, machine), *checks.idle_notes(recipe, machine)])
     run = assemble(recipe, sources, networks, machine)
     run.vae = vae
     run.decoder, note = run.engine.on_main(lambda: grid_decoder(run.config.encoder, vae)) or (None, None)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP, Preconditioning
-from edmdistill.recipes.library import load_recipe
-from edmdistill.training.checks import require_edm_time, require_teacher
+from edmdistill.recipes.library import load_recipe, recipe_names
+from edmdistill.training.checks import WARM_UPS, idle_notes, require_edm_time, require_teacher
 
 LEVELS = [(name, option) for name, entry in METHODS.items() for option in entry.load().noise_levels]
 TEACHER: Any = SimpleNamespace(
@@ -64,3 +65,33 @@ def test_every_method_with_such_an_option_is_covered() -> None:
     options = {name: names.intersection(entry.load().Config.__struct_fields__) for name, entry in METHODS.items()}
     assert {(name, option) for name, some in options.items() for option in some} == set(LEVELS)
     assert names == {option for _, option in LEVELS}
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("scd", "method.warmup_images"),
+        ("fmd", "method.trajectory_images"),
+        ("sida", "method.gan_warmup_images"),
+        ("sid", "training.lr_rampup_images"),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_run_is_said(method: str, option: str) -> None:
+    def notes(length: int) -> list[str]:
+        others = [f"{name}=0" for name in WARM_UPS if name != option and hasattr(recipe.method, name.split(".")[1])]
+        sets = ["training.images=3200", f"{option}={length}", *others]
+        return list(idle_notes(load_recipe(f"{method}/digits", sets=sets), Machine(device="cpu")))
+
+    recipe = load_recipe(f"{method}/digits")
+    assert notes(3200) == []
+    assert notes(3201) == [f"{option} = 3,201 is more than the run's 3,200 images: what it leads up to never begins."]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_no_shipped_recipe_has_a_warm_up_that_outlasts_it(name: str) -> None:
+    assert list(idle_notes(load_recipe(name), Machine(device="cpu"))) == []
+
+
+def test_offloading_is_said_to_save_nothing_on_a_cpu() -> None:
+    found = list(idle_notes(load_recipe("sid/digits"), Machine(device="cpu", offload=("ema",))))
+    assert found == ["--offload saves nothing on a CPU, whose memory is the host's."]
