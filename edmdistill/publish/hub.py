@@ -16,12 +16,16 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
+    constants,
+    get_session,
     get_token,
     snapshot_download,
 )
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is, by name
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it is, by name
+    hf_raise_for_status,
+    validate_repo_id,
+)
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -275,6 +279,20 @@ def _client() -> HfApi:
     return HfApi(library_name="edmdistill", library_version=__version__)
 
 
+def _check_card(text: str) -> None:
+    """Asks the Hub whether it takes a card.
+
+    The client's ModelCard.validate does so, too, but before version 2.2 asks huggingface.co whatever HF_ENDPOINT is.
+
+    Raises: ValueError: it does not; its words.  What the Hub's client raises.
+    """
+    asked = {"repoType": "model", "content": text}
+    answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked)
+    if answer.status_code == 400:
+        raise ValueError(answer.text)
+    hf_raise_for_status(answer)
+
+
 def _plan_push(
     api: HfApi, package: Package, private: bool, replace_model: bool, overwrite_card: bool
 ) -> PushPlan | None:
@@ -284,7 +302,7 @@ def _plan_push(
         What the Hub's client raises.
     """
     repository, branch = package.repository, package.branch
-    ModelCard(package.card.decode()).validate()
+    _check_card(package.card.decode())
     try:
         before = api.model_info(repository, revision=branch, files_metadata=True)
     except RevisionNotFoundError:
