@@ -149,7 +149,7 @@ def _unpacked(data: memoryview, path: Path) -> memoryview:
 def _only_weights(kind: str) -> Unreadable:
     return Unreadable(
         f"is {kind}, which holds weights (a state dict) without the network's class and arguments: give the network "
-        "pickle that the official code writes, for instance edm2-img512-s-2147483-0.025.pkl"
+        "pickle that the official code writes, such as network-snapshot-010000.pkl"
     )
 
 
