@@ -170,12 +170,21 @@ def _read(source: Source, weights: Weights, mapped: bool = True) -> tuple[FlowNe
 def _read_raw(path: Path, mapped: bool) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network being trained, from a run's newest whole state or from the given state."""
     state = newest_whole_state(path, write)
-    folder = state.parent.parent / "generator"
-    config = read_config(folder)
-    flow = build_meta(config, folder)
+    config = _config_of_state(state)
+    flow = build_meta(config, _generator_beside(state))
     role = "teacher" if config.stage == "teacher" else "generator"
     fill(flow.network, raw_weights(state, role, mapped), str(state))
-    return flow, replace(config, images_seen=int(state.name), ema=None, results=())
+    return flow, config
+
+
+def _config_of_state(state: Path) -> CheckpointConfig:
+    """Returns the configuration of the raw weights in a saved state."""
+    config = read_config(_generator_beside(state))
+    return replace(config, images_seen=int(state.name), ema=None, results=())
+
+
+def _generator_beside(state: Path) -> Path:
+    return state.absolute().parent.parent / "generator"
 
 
 def outline(source: str | Path | Source) -> FlowNetwork:
@@ -193,8 +202,11 @@ def outline(source: str | Path | Source) -> FlowNetwork:
 
 
 def find_config(source: str | Path | Source) -> CheckpointConfig | None:
-    """Returns the configuration of a checkpoint of ours or of a run directory; None for anything else."""
-    folder = checkpoint_in(open_source(source).path)
+    """Returns the configuration of a checkpoint of ours, a run directory or a state; None for anything else."""
+    path = open_source(source).path
+    if is_state(path):
+        return _config_of_state(path)
+    folder = checkpoint_in(path)
     return read_config(folder) if (folder / CONFIG).is_file() else None
 
 

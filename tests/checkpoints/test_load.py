@@ -9,9 +9,9 @@ from openai_weights import weights_of
 from tiny_generator import tiny_generator
 
 from edmdistill.atomic import sha256_file
-from edmdistill.checkpoints.config import Guidance, describe, read_config, write_config
+from edmdistill.checkpoints.config import Guidance, describe, read_config, unfinished, write_config
 from edmdistill.checkpoints.convert import convert
-from edmdistill.checkpoints.layout import MODEL
+from edmdistill.checkpoints.layout import MODEL, PROGRESS
 from edmdistill.checkpoints.load import (
     find_config,
     load_denoiser,
@@ -84,6 +84,18 @@ def test_half_precision_is_not_for_networks_that_predict_the_noise(
     folder = tiny_generator(tmp_path / "c", preconditioning=preconditioning, use_fp16=True)
     monkeypatch.setattr("edmdistill.checkpoints.load.is_gpu", lambda device: True)
     assert load_model(folder, dtype="auto").flow.activation_dtype == dtype
+
+
+def test_a_state_is_as_old_as_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_generator(tmp_path / "generator", images_seen=80_000, images_total=80_000)
+    state = tmp_path / "state/000000000896"
+    state.mkdir(parents=True)
+    (state / PROGRESS).touch()
+    for folder in (tmp_path, state.parent):  # from which it is named
+        monkeypatch.chdir(folder)
+        config = find_config(state.relative_to(folder))
+        assert config is not None
+        assert unfinished(config, "It") == "It is unfinished: 896 of 80,000 images seen."
 
 
 def test_a_network_of_a_run_says_what_it_began_from(tmp_path: Path) -> None:
