@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _HERE = threading.local()
+PATIENCE = 5.0
+"""Seconds that a thread has to end, and to clean up, before it is told again."""
 
 
 def ahead(
@@ -140,8 +143,20 @@ class _Crew:
                 self._acting.discard(thread)
 
     def stop(self) -> None:
-        """Raises SystemExit in all threads, before the next instruction of Python that each of them comes to."""
+        """Raises SystemExit in all threads, before the next instruction of Python that each of them comes to.
+
+        Returns when all have ended. Those that have not after some time get another one, because Python only reports
+        an exception that falls into a finalizer, or into a callback of the garbage collector.
+        """
+        while self._raise_in_all():
+            again = time.monotonic() + PATIENCE
+            while self._acting and time.monotonic() < again:
+                time.sleep(0.01)
+
+    def _raise_in_all(self) -> bool:
+        """Raises SystemExit in the threads that act.  Returns: whether there are any."""
         with self._lock:
             self._stopped = True
             for thread in self._acting:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+            return bool(self._acting)

@@ -153,6 +153,23 @@ def test_threads_end_at_ctrl_c_while_one_is_waited_for() -> None:
     assert set(act.ended) == {SystemExit}
 
 
+def test_an_end_that_a_finalizer_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edmdistill.threads.PATIENCE", 0.05)
+    act, before = Endless(), set(threading.enumerate())
+
+    def loses_it(item: int) -> int:
+        try:
+            return act(item)
+        except SystemExit:  # as Python does around a finalizer
+            return act(item)
+
+    with closing(ahead(loses_it, (0, 1, 3), 1)) as results:
+        assert next(results) == 0
+        act.began.acquire(timeout=LIMIT)
+    assert set(act.ended) == {SystemExit}
+    assert set(threading.enumerate()) <= before
+
+
 def test_what_a_thread_has_taken_but_not_begun_is_not_begun() -> None:
     crew, begun = _Crew(), []
     crew.stop()
