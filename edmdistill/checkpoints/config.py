@@ -258,7 +258,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 def known_fields(value: Any, type_: msgspec.inspect.Type) -> Any:
     """Returns a value without the fields that the structs in its type do not have.
 
-    What a dict of any values holds, as a network's arguments, stays: a network is not another one without them.
+    Unknown arguments of a network stay, and are refused later: without them it would be another network.
     """
     match type_, value:
         case msgspec.inspect.StructType(), dict():

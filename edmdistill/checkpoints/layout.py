@@ -27,6 +27,12 @@ def is_state(folder: Path) -> bool:
     return (folder / PROGRESS).is_file()
 
 
+def images_of(state: Path) -> int | None:
+    """Returns the images that a saved state has seen, by its name; None: it was renamed."""
+    name = state.absolute().name
+    return int(name) if name.isdecimal() else None
+
+
 def saved_states(folder: Path) -> list[Path]:
     """Returns the directories of the saved states, the oldest first.  folder: RUN/state"""
     return sorted(path for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []

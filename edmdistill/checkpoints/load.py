@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from edmdistill.arguments import checked
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.layout import CONFIG, checkpoint_in, is_state
+from edmdistill.checkpoints.layout import CONFIG, checkpoint_in, images_of, is_state
 from edmdistill.checkpoints.official import load_official, outline_official
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import Source, open_source
@@ -178,9 +178,9 @@ def _read_raw(path: Path, mapped: bool) -> tuple[FlowNetwork, CheckpointConfig]:
 
 
 def _config_of_state(state: Path) -> CheckpointConfig:
-    """Returns the configuration of the raw weights in a saved state."""
+    """Returns the configuration of the raw weights in a saved state, which is named by the images that it has seen."""
     config = read_config(_generator_beside(state))
-    return replace(config, images_seen=int(state.name), ema=None, results=())
+    return replace(config, images_seen=images_of(state), ema=None, results=())
 
 
 def _generator_beside(state: Path) -> Path:
@@ -202,10 +202,13 @@ def outline(source: str | Path | Source) -> FlowNetwork:
 
 
 def find_config(source: str | Path | Source) -> CheckpointConfig | None:
-    """Returns the configuration of a checkpoint of ours, a run directory or a state; None for anything else."""
+    """Returns the configuration of a checkpoint of ours, a run directory or a state; None for anything else.
+
+    A state that was renamed is something else.
+    """
     path = open_source(source).path
     if is_state(path):
-        return _config_of_state(path)
+        return None if images_of(path) is None else _config_of_state(path)
     folder = checkpoint_in(path)
     return read_config(folder) if (folder / CONFIG).is_file() else None
 

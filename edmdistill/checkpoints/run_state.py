@@ -14,7 +14,7 @@ import msgspec
 from torch import Tensor
 
 from edmdistill.atomic import sha256_file
-from edmdistill.checkpoints.layout import PROGRESS, is_state, saved_states
+from edmdistill.checkpoints.layout import PROGRESS, images_of, is_state, saved_states
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
 
@@ -73,7 +73,9 @@ def read_progress(state: Path) -> Progress:
         progress = msgspec.convert(json.loads((state / PROGRESS).read_bytes()), Progress)
     except RecursionError as error:
         raise ValueError(f"{PROGRESS} is nested too deeply") from error
-    if progress.images != int(state.name) or not progress.sha256:
+    if images_of(state) is None:
+        raise ValueError(f"the folder was renamed from {progress.images:012d}")
+    if progress.images != images_of(state) or not progress.sha256:
         raise ValueError(f"{PROGRESS} is of another state")
     return progress
 

@@ -235,7 +235,7 @@ class FlowNetwork(nn.Module):
 
 
 def equal_weights(a: FlowNetwork, b: FlowNetwork) -> bool:
-    """Returns whether two networks on one device have the same weights, bit for bit."""
+    """Returns whether two networks on one device have equal weights, so that one as guide of the other does nothing."""
     first, second = dict(a.named_parameters()), dict(b.named_parameters())
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 

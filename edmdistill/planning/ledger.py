@@ -29,7 +29,7 @@ FLOPS = flop_registry | {
 
 
 class Recorded(NamedTuple):
-    """What a pass of a network takes.
+    """The cost of one pass of a network.
 
     Attributes:
         live: bytes after each call of torch, beside those before the pass.

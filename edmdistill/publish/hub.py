@@ -22,7 +22,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it is, by name
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are, by name
     hf_raise_for_status,
     validate_repo_id,
 )

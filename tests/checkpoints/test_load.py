@@ -96,6 +96,9 @@ def test_a_state_is_as_old_as_its_name_says(tmp_path: Path, monkeypatch: pytest.
         config = find_config(state.relative_to(folder))
         assert config is not None
         assert unfinished(config, "It") == "It is unfinished: 896 of 80,000 images seen."
+    monkeypatch.chdir(state)
+    assert find_config(".") == config
+    assert find_config(state.rename(state.parent / "best")) is None
 
 
 def test_a_network_of_a_run_says_what_it_began_from(tmp_path: Path) -> None:
