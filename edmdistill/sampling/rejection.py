@@ -15,6 +15,7 @@ from edmdistill.checkpoints.source import file_digest
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.features.classifiers import load_classifier
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.sampling.generate import not_finite
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.seeds import MAX_SEED, MAX_SEEDS
 
@@ -99,7 +100,7 @@ def sample_best(
     """Draws candidates and returns as many images of each class as requested, those most like their class.
 
     Args:
-        draw: (seeds=..., labels=...) -> images [B,C,H,W] in [-1, 1].
+        draw: (seeds=..., labels=...) -> images [B,C,H,W] in [-1, 1], or NaN, which are kept where there are no others.
         log_probability: of uint8 [B,C,H,W], ln p(class given image).  [B,label_dim]
         seeds, classes, ratio: see candidates.
         decode: from what is drawn to pictures, uint8 [B,C,H,W].
@@ -117,9 +118,12 @@ def sample_best(
         new = torch.arange(at, min(at + batch, len(pool.seeds)))
         labels = pool.classes[new]
         drawn = draw(seeds=pool.seeds[new].tolist(), labels=labels)
-        log_p = log_probability(decode(drawn)).cpu().to(torch.float64)[torch.arange(len(new)), labels]
+        broken = not_finite(drawn)
+        pictures = decode(drawn.masked_fill(broken[:, None, None, None], 0))
+        log_p = log_probability(pictures).cpu().to(torch.float64)[torch.arange(len(new)), labels]
         if bool(log_p.isnan().any()):
             raise EdmDistillError("the classifier returns NaN for a drawn image, so it cannot rank them: use another")
+        log_p[broken] = -math.inf
         rows, scores = torch.cat([rows, new]), torch.cat([scores, log_p])
         images = torch.cat([images, drawn]) if len(images) else drawn
         best = torch.cat([_best(pool.classes[rows], scores, number, n) for number, n in counts.items()]).sort().values

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.rejection import candidates, sample_best
 from edmdistill.sampling.seeds import MAX_SEED
 
@@ -85,3 +86,26 @@ def test_what_cannot_be_drawn(seeds: list[int], ratio: float, message: str) -> N
 def test_a_classifier_without_an_answer() -> None:
     with pytest.raises(EdmDistillError, match="NaN"):
         sample_best(draw, lambda images: judge(images) * float("nan"), [0], [0], 0.5)
+
+
+def test_an_image_that_is_not_finite_comes_last() -> None:
+    """Its picture would be black, which a classifier may take for the best of a class; a VAE takes no such latents."""
+    broken = {0, 3}
+
+    def draw_some_broken(seeds: list[int], labels: Tensor) -> Tensor:
+        images = draw(seeds, labels)
+        images[[seed in broken for seed in seeds]] = float("nan")
+        return images
+
+    def decode(images: Tensor) -> Tensor:
+        assert images.isfinite().all()
+        return to_uint8(images)
+
+    def judge_alike(pictures: Tensor) -> Tensor:
+        return torch.zeros(len(pictures), 1)
+
+    images, kept = sample_best(draw_some_broken, judge_alike, [0, 1], [0, 0], 0.5, decode=decode)
+    assert kept == [1, 2]
+    assert images.isfinite().all()
+    _, kept = sample_best(draw_some_broken, judge_alike, [0, 1], [0, 0], 0.0, decode=decode)
+    assert kept == [0, 1]
