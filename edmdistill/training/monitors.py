@@ -61,8 +61,9 @@ def find_divergence(
         if where is not None:
             advice = f"give a {role} whose weights are finite, and a new --run-dir" if role in frozen else None
             return Diverged(f"{whose}: {what}, first in the weights {where}", advice)
-    gradients = ((f"{turn}.{name}", p.grad) for name, p in networks[turn].named_parameters())
-    return Diverged(f"{whose}: {what}, first in the gradient of {_first_bad(gradients)}")
+    where = _first_bad((f"{turn}.{name}", p.grad) for name, p in networks[turn].named_parameters())
+    # None: its norm alone overflows, it is another process's shard, or the loss has none.
+    return Diverged(f"{whose}: {what}" + (f", first in the gradient of {where}" if where else ""))
 
 
 def require_finite(networks: Mapping[str, nn.Module], images: int, any_process: Callable[[bool], bool] = bool) -> None:

@@ -4,8 +4,16 @@ from msgspec.structs import replace
 from torch import nn
 
 from edmdistill.errors import TrainingError
+from edmdistill.methods.base import Loss
 from edmdistill.training import monitors
-from edmdistill.training.monitors import Diverged, Health, fingerprints, require_finite, require_moved
+from edmdistill.training.monitors import (
+    Diverged,
+    Health,
+    find_divergence,
+    fingerprints,
+    require_finite,
+    require_moved,
+)
 from edmdistill.training.session import train
 
 
@@ -38,6 +46,14 @@ def test_weights_must_be_finite():
         network.bias[1] = torch.inf
     with pytest.raises(Diverged, match=r"after 8 images the weights generator\.bias \(float32\) are not finite"):
         require_finite({"generator": network}, 8)
+
+
+def test_a_gradient_without_a_bad_number_here_is_not_named():
+    """Its norm may overflow, it may be another process's shard, or none may come of a loss that is not finite."""
+    network = nn.Linear(2, 2)
+    network.weight.grad = torch.full((2, 2), 1e38)
+    error = find_divergence("generator", Loss(torch.ones(2), torch.ones(2)), {"generator": network}, 8)
+    assert str(error) == "the generator's turn after 8 images gave no finite number: the gradient, though not the loss"
 
 
 def line(images: int, *, diversity: float = 0.8, mean: float = 0.0, std: float = 1.0, norm: float = 1.0) -> dict:
