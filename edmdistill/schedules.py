@@ -180,7 +180,7 @@ def neighbor_sigmas(
     """Draws two neighbors sigma_t > sigma_r of EDM's grid, with 0 as its lowest level, and returns them.  [B] each
 
     A pair's probability is that of ln(sigma) ~ N(P_mean, P_std^2) between its levels.
-    Source: Song & Dhariwal 2023 (iCT), eq. 10.
+    Source: Song & Dhariwal 2023 (iCT), eq. 10; sCM, appendix E.2.
     """
     grid = _neighbors(intervals, sigma_min, sigma_max, P_mean, P_std).on(draws.device)
     below = torch.searchsorted(grid[1, 1:].contiguous(), draws.uniform()).clamp(max=intervals - 1)

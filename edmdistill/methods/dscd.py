@@ -19,8 +19,7 @@ from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange, Role,
 from edmdistill.methods.consistency import ConsistencyConfig, tangent_loss, tangent_warmup
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
 from edmdistill.methods.noising import one_step
-from edmdistill.schedules import discrete_lognormal, edm_curve
-from edmdistill.transfer import Constant
+from edmdistill.schedules import neighbor_sigmas
 from edmdistill.trigflow import cos_sin, ddim_step, denoised, diffuse, sigma_to_time
 
 
@@ -41,12 +40,6 @@ class DSCD(GuidedMethod[DSCDConfig]):
     def __init__(self, config: DSCDConfig, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.generator = networks["generator"]
-        sigma_data, sigma_min, sigma_max = noise
-        levels = torch.arange(1, config.intervals + 1, dtype=torch.float64)
-        sigmas = edm_curve(levels / config.intervals, sigma_min, sigma_max)
-        self.times = Constant(torch.cat([torch.zeros(1, dtype=torch.float64), sigma_to_time(sigmas, sigma_data)]))
-        probabilities = discrete_lognormal(sigmas, P_mean=config.P_mean, P_std=config.P_std)
-        self.cumulative = Constant(probabilities.cumsum(0))
 
     @classmethod
     def roles_for(cls, config: DSCDConfig) -> dict[str, Role]:
@@ -62,12 +55,11 @@ class DSCD(GuidedMethod[DSCDConfig]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2."""
-        config, sigma_data, device = self.config, self.noise.sigma_data, batch.x0.device
-        # t is one of levels 1 ... N; t_0 = 0 is only the end of a step.
-        level = torch.searchsorted(self.cumulative.on(device), draws.uniform())
-        level = level.clamp(max=config.intervals - 1)
-        times = self.times.on(device)
-        t_before, t = times[level], times[level + 1]
+        config, (sigma_data, sigma_min, sigma_max) = self.config, self.noise
+        sigmas = neighbor_sigmas(
+            draws, config.intervals, sigma_min, sigma_max, P_mean=config.P_mean, P_std=config.P_std
+        )
+        t, t_before = (sigma_to_time(sigma, sigma_data) for sigma in sigmas)
         x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
         w = self.teacher.weights(draws)
         generator = with_inputs(self.generator, w=w)
