@@ -146,5 +146,5 @@ class IntervalMeans:
         self.sums, self.counts, self.rounds, self.seconds = {}, {}, 0, 0.0
 
     def progress(self) -> IntervalProgress:
-        """Returns what `IntervalMeans` resumes from."""
-        return IntervalProgress(self.sums, self.counts, self.rounds, self.seconds, self.before)
+        """Returns what `IntervalMeans` resumes from; rounds that are added later do not change it."""
+        return IntervalProgress(dict(self.sums), dict(self.counts), self.rounds, self.seconds, self.before)

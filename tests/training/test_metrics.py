@@ -151,3 +151,14 @@ def test_a_window_goes_on_from_its_progress() -> None:
     one, two = whole.line(3, 1), second.line(3, 1)
     assert one["a"] == two["a"]
     assert one["b"] == two["b"] == 1
+
+
+def test_progress_stays_as_it_was() -> None:
+    """On a GPU a state is written while further rounds are added: it must not have their numbers."""
+    window = IntervalMeans()
+    for first in ({}, {"a": 1.0}):
+        window.add(first)
+        progress = window.progress()
+        window.add({"a": 2.0, "b": 3.0})
+        assert (progress.sums, progress.counts) == (first, dict.fromkeys(first, 1))
+        window.begin()
