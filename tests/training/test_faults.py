@@ -19,6 +19,8 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.training import session, state
+from edmdistill.training.resume import resume
+from edmdistill.training.run_dir import RunDir
 from edmdistill.training.session import train
 
 EIGHT_ROUNDS = {"images": 64, "snapshot_every": 24, "log_every": 16}
@@ -249,6 +251,32 @@ def test_a_plan_that_does_not_fit(start, tmp_path, monkeypatch):
         train(run, tmp_path / "run", on_round=too_large, on_message=heard.append)
     assert "Micro-batches of 4 images fit, those of the plan do not." in heard
     assert "(CUDA out of memory): give --fit less memory in the same command, which resumes" in str(error.value)
+
+
+def test_a_state_of_another_run_is_not_loaded(start, whole):
+    folder = whole("sid", images=64, snapshot_every=16)[1]
+    with pytest.raises(TrainingError, match=r"the state .*000000000064 is from another run, although the recipe and"):
+        resume(start("cosim"), RunDir(folder), pytest.fail)
+
+
+def test_a_run_that_fails_at_once_has_no_state_to_go_back_to(start, tmp_path):
+    run = start("sid")
+    with torch.no_grad():
+        run.networks["auxiliary"].network.out_conv.weight.fill_(math.nan)
+    with pytest.raises(
+        TrainingError, match=r"; no state was saved before it; try a lower training\.lr in another --run-"
+    ):
+        train(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of ours"), OSError(errno.EACCES, "Permission denied")])
+def test_faults_that_are_not_the_users_keep_their_traceback(error, start, tmp_path):
+    def fail(images, measures):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train(start("sid"), tmp_path / "run", on_round=fail)
+    assert raised.value is error
 
 
 def interrupt(now: bool) -> None:

@@ -7,7 +7,14 @@ from edmdistill.checkpoints.layout import saved_states
 from edmdistill.checkpoints.run_state import IntervalProgress, Progress
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.training import state
-from edmdistill.training.state import State, read_state, resumable_state, save_state, states_to_keep
+from edmdistill.training.state import (
+    State,
+    newest_healthy,
+    read_state,
+    resumable_state,
+    save_state,
+    states_to_keep,
+)
 
 
 def load_state(folder, note):
@@ -102,3 +109,21 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         save_state(tmp_path, make(16), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["000000000008"]
+
+
+def test_a_state_that_cannot_be_read_is_not_called_healthy(tmp_path):
+    for images in (8, 16):
+        save_state(tmp_path, make(images), keep=2)
+    assert newest_healthy(tmp_path, 100).name == "000000000016"
+    (tmp_path / "000000000016/progress.json").write_text("{")
+    assert newest_healthy(tmp_path, 100).name == "000000000008"
+    assert newest_healthy(tmp_path, 7) is None
+
+
+def test_a_state_that_is_damaged_while_it_is_read(tmp_path):
+    """Nothing is loaded; the same command finds it, and goes back to the one before."""
+    save_state(tmp_path, make(8), keep=2)
+    newest = resumable_state(tmp_path, pytest.fail)
+    (newest / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"the state .*000000000008 cannot be read: .*; run the same command again"):
+        read_state(newest)
