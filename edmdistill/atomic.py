@@ -44,7 +44,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if is_pipe(path):
             raise CheckpointError(f"{path} is a device or a pipe, not a file or folder: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
@@ -108,6 +108,23 @@ def reachable(path: Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{str(path)[:200]} cannot be reached ({reason}): give another path") from error
     return path
+
+
+def is_pipe(path: Path) -> bool:
+    """Returns whether a pipe, a socket or a device is at a path; False where nothing can be known."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
+def require_no_pipe(path: Path, error: type[EdmDistillError] = CheckpointError) -> None:
+    """Requires that no pipe, socket or device is at `path`, which is to be read from any place, or more than once.
+
+    Reading a pipe waits, perhaps for ever, for someone to write to it; what is read once, from its first byte to its
+    last, may come from one.
+
+    Raises: `error`.
+    """
+    if is_pipe(path):
+        raise error(f"{path} is a pipe or a device: write its contents to a file, and use that")
 
 
 def expanded(path: str | Path) -> Path:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edmdistill.atomic import require_no_pipe
 from edmdistill.pickles import FORGED, Budget, StandIn, Stateful, Unpickler, Unreadable
 
 if TYPE_CHECKING:
@@ -182,10 +183,9 @@ def empty_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def mapped(path: Path) -> memoryview:
     """Returns the bytes of a file, mapped: one of several GB is not in memory a second time beside its tensors.
 
-    Raises: Unreadable: it is empty, or not a file.  OSError: it cannot be read.
+    Raises: Unreadable: it is empty.  CheckpointError: it is a pipe.  OSError: it cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise Unreadable("is not a file: give the file itself")
+    require_no_pipe(path)
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise Unreadable("is empty: download it again")

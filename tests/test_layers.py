@@ -15,7 +15,8 @@ PACKAGE = ROOT / "edmdistill"
 LAYERS = (
     ("errors", "version"),
     ("optional", "progress", "pickles", "assets"),
-    ("arguments", "atomic", "defaults", "embedded", "jsonl", "stored_tensors"),
+    ("arguments", "atomic", "defaults", "embedded", "jsonl"),
+    ("stored_tensors",),
     ("archives",),
     ("transfer", "threads"),
     ("trigflow",),

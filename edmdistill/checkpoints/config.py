@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import force_setattr, replace
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, require_no_pipe
 from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
@@ -221,8 +221,9 @@ def read_config(folder: Path) -> CheckpointConfig:
     Raises: CheckpointError: there is none, it has another major version, or it is invalid.
     """
     path = folder / CONFIG
+    require_no_pipe(path)
     try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > CONFIG_BYTES):
+        if path.exists() and path.stat().st_size > CONFIG_BYTES:
             raise ValueError(f"it is not a file of at most {CONFIG_BYTES >> 20} MiB")
         fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         _refuse_control_characters(fields)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from edmdistill.atomic import expanded, sha256_file
+from edmdistill.atomic import expanded, require_no_pipe, sha256_file
 from edmdistill.checkpoints.download import download
 from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
@@ -93,8 +93,8 @@ def resolve(source: str | Path) -> Path:
     if scheme:
         raise CheckpointError(f"{public_address(text)} cannot be downloaded: use an http, https or hf address")
     path = expanded(source)
-    if any(file.exists() and not (file.is_file() or file.is_dir()) for file in (path, path / CONFIG, path / MODEL)):
-        raise CheckpointError(f"{path} is or contains a pipe or a device: write its contents to a file, and use that")
+    for file in (path, path / CONFIG, path / MODEL):
+        require_no_pipe(file)
     if path.exists():
         return path
     if text in EMBEDDED:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from edmdistill.atomic import atomic_write, expanded, reachable
+from edmdistill.atomic import atomic_write, expanded, reachable, require_no_pipe
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, describe, read_config, write_config
 from edmdistill.checkpoints.documents import code, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
@@ -52,9 +52,10 @@ def load_tensors(
             held.
     Raises: CheckpointError: no such file, or it is damaged.
     """
+    require_no_pipe(path)
     try:
         if not path.is_file():
-            raise OSError("it is not a file" if reachable(path).exists() else "it does not exist")
+            raise OSError("it is a folder" if reachable(path).exists() else "it does not exist")
         with safe_open(path, framework="pt", device=str(device)) as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             if mapped:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from edmdistill.atomic import exists, unwritable
+from edmdistill.atomic import exists, is_pipe, unwritable
 from edmdistill.errors import EdmDistillError, comma_separated, did_you_mean
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
@@ -215,7 +215,7 @@ class OutputPath(click.Path):
         if self.suffixes and path.suffix.lower() not in self.suffixes:
             self.fail(f"{text} must end in {' or '.join(self.suffixes)}: no other format is written here.", param, ctx)
         try:
-            if exists(whole) and not whole.is_file() and not whole.is_dir():
+            if exists(whole) and is_pipe(whole):
                 self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
             if self.suffixes and whole.is_dir():
                 self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)

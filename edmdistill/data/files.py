@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
+from edmdistill.atomic import require_no_pipe
 from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError, printable
 
@@ -246,8 +247,7 @@ def open_files(path: Path, expected: str = EXPECTED) -> Files:
     mode = status_of(path, expected).st_mode
     if stat.S_ISDIR(mode):
         return FolderFiles(path)
-    if not stat.S_ISREG(mode):
-        raise DatasetError(f"{path} is {_kind(mode)}; {expected}")
+    require_no_pipe(path, DatasetError)
     if path.suffix.lower() == ".npz":
         raise DatasetError(f"{path} is an .npz, not a data set; give the images, as a zip or a folder")
     files = ZipFiles(path)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edmdistill.atomic import require_no_pipe
 from edmdistill.data.files import as_dataset_error
 from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError
@@ -24,7 +25,7 @@ PADDED = {28: 32}
 
 def is_images(path: Path) -> bool:
     """Returns whether the file is called as MNIST's images are."""
-    return IMAGES.fullmatch(path.name) is not None and path.is_file()
+    return IMAGES.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def open_mnist(path: Path, labels: str) -> Pictures:
@@ -59,6 +60,7 @@ def open_mnist(path: Path, labels: str) -> Pictures:
 
 def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """Returns the array of an idx file."""
+    require_no_pipe(path, DatasetError)
     with (
         as_dataset_error(lambda why: f"{path} is not a whole file of MNIST's format ({why}); download it again"),
         gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edmdistill.atomic import require_no_pipe
 from edmdistill.data.files import as_dataset_error
 from edmdistill.data.labels import MAX_CLASSES
 from edmdistill.data.pictures import Pictures
@@ -148,6 +149,7 @@ class _Table:
         self.parts, self._files, self._starts = list(parts), [], [0]
         self._lock = threading.Lock()
         for part in parts:
+            require_no_pipe(part, DatasetError)
             with as_dataset_error(_damaged(str(part))):
                 self._files.append(ParquetFile(part))
             self._starts.append(self._starts[-1] + self._files[-1].metadata.num_rows)

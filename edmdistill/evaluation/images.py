@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from edmdistill.atomic import require_no_pipe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CONFIG, EXPORT, TOML, is_state
 from edmdistill.data.contents import IMAGE_SUFFIXES
@@ -173,8 +174,7 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
     if not is_images(path) and path.exists():
         raise DatasetError(f"{path} holds no images; of a network, give what load_generator or load_denoiser returns")
     if path.suffix.lower() in ARRAYS and not path.is_dir():
-        if path.exists() and not path.is_file():  # a pipe would wait for ever for someone to write to it
-            raise DatasetError(f"{path} is a pipe or a device: write its contents to a file, and use that")
+        require_no_pipe(path, DatasetError)
         rows, classes, seeds = open_npz(path) if path.suffix.lower() == ".npz" else (open_npy(path), None, None)
         count, height, width, channels = rows.header.shape
         size, status = (channels, height, width), path.stat()

@@ -24,7 +24,7 @@ import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from edmdistill.atomic import sha256_file
+from edmdistill.atomic import require_no_pipe, sha256_file
 from edmdistill.data.files import as_dataset_error, status_of
 from edmdistill.data.npz import Npz
 from edmdistill.errors import DatasetError, EdmDistillError, printable
@@ -144,8 +144,9 @@ def open_statistics(path: str | Path) -> ReferenceStatistics:
     Raises: DatasetError: it cannot be read, is damaged or hostile, or its numbers are no mean and covariance.
     """
     path = Path(path)
-    if not stat.S_ISREG(status_of(path, WANTED).st_mode):
-        raise DatasetError(f"{path} is not a file; {WANTED}")
+    require_no_pipe(path, DatasetError)
+    if stat.S_ISDIR(status_of(path, WANTED).st_mode):
+        raise DatasetError(f"{path} is a folder; {WANTED}")
     with as_dataset_error(lambda why: f"{path} cannot be read ({why}); {WANTED}"):
         with path.open("rb") as file:
             head = file.read(2)

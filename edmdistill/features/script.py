@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.archives import Archive
-from edmdistill.atomic import reachable
+from edmdistill.atomic import reachable, require_no_pipe
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import StandIn, Stateful, Unreadable
 from edmdistill.stored_tensors import StoredTensor
@@ -165,9 +165,10 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
     Raises: CheckpointError: it cannot be read, or uses a forbidden class or operator.
     """
     path = Path(path)
+    require_no_pipe(path)
     try:
         if not path.is_file():
-            raise Unreadable(f"{'is not a file' if reachable(path).exists() else 'does not exist'}: {WANTED}")
+            raise Unreadable(f"{'is a folder' if reachable(path).exists() else 'does not exist'}: {WANTED}")
         if not zipfile.is_zipfile(path):
             raise Unreadable(f"is not a zip archive, which such files are: {WANTED}")
         network = _load(_checked(Archive(path)), device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edmdistill.archives import Archive, load_legacy
-from edmdistill.atomic import expanded, sha256_file
+from edmdistill.atomic import expanded, require_no_pipe, sha256_file
 from edmdistill.checkpoints.download import cache_folder, downloaded
 from edmdistill.checkpoints.official_files import files_of
 from edmdistill.checkpoints.persistence import STAND_INS, PersistentObject, state_dict, type_name
@@ -59,6 +59,8 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeigh
     """
     path = _find(path, kind, space)
     file, *others = [path / name for name in ("model.safetensors", "config.json")] if path.is_dir() else [path]
+    for needed in (file, *others):
+        require_no_pipe(needed)
     if missing := [needed for needed in (file, *others) if not needed.is_file()]:
         raise CheckpointError(
             f"{missing[0]} does not exist: give the file of the weights of {space}, or the whole folder"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edmdistill.atomic import atomic_write, require_free
+from edmdistill.atomic import atomic_write, require_free, require_no_pipe
 from edmdistill.defaults import defaults
 from edmdistill.errors import RecipeError, did_you_mean
 from edmdistill.recipes.schema import TABLES, Recipe, table, table_defaults
@@ -304,8 +304,8 @@ def _unknown_file(name: str) -> str:
     """Returns the error for a file that does not exist, with the nearest file or the shipped recipe of that name."""
     path, stem = Path(name), name.removesuffix(".toml")
     if os.path.exists(path):
-        kind = "a folder" if path.is_dir() else "a pipe or a device"
-        return f"{name[:300]} is {kind} and no file: give a recipe's file"
+        require_no_pipe(path, RecipeError)
+        return f"{name[:300]} is a folder and no file: give a recipe's file"
     if stem in recipe_names():
         return f"there is no file {name}; the recipe that ships with the package is {stem!r}"
     names = [file for file in os.listdir(path.parent) if file.endswith(".toml")] if os.path.isdir(path.parent) else []

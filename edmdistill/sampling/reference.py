@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from edmdistill.atomic import require_no_pipe
 from edmdistill.checkpoints.load import Dtype, load_denoiser, weights_digest
 from edmdistill.checkpoints.source import file_digest
 from edmdistill.errors import EdmDistillError, counted
@@ -78,9 +79,8 @@ def read_image(path: Path, channels: int, resolution: int) -> Tensor:
             f"{path} is a picture, and this network makes images of {counted(channels, 'channel')}, such as a VAE's "
             "latents: leave --reference out"
         )
+    require_no_pipe(path, EdmDistillError)
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever for someone to write to it
-            raise OSError("it is not a file")
         with Image.open(path) as image:
             size = f"{resolution}x{resolution}"
             if image.size != (resolution, resolution):  # before its pixels are read

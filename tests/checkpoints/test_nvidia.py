@@ -249,7 +249,7 @@ def test_other_files(tmp_path: Path, content: bytes, why: str) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         read_official(tmp_path / "none.pkl")
-    with pytest.raises(CheckpointError, match="not a file"):
+    with pytest.raises(CheckpointError, match="Is a directory"):
         read_official(tmp_path)
 
 

@@ -252,5 +252,5 @@ def test_a_network_is_not_statistics(golden: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "there/is/none.npz"])
 def test_no_file(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"is not a file|does not exist"):
+    with pytest.raises(DatasetError, match=r"is a folder|does not exist"):
         open_statistics(tmp_path / name)

@@ -212,12 +212,12 @@ def test_paths_in_a_zip_lead_nowhere(tmp_path: Path) -> None:
 def test_what_is_no_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe would wait for ever for someone to write to it."""
     os.mkfifo(tmp_path / "pipe.zip")
-    refused(tmp_path / "pipe.zip", r"pipe\.zip is a named pipe; give a zip, a folder, or the word digits")
-    refused(Path("/dev/zero"), "/dev/zero is a device; give a zip")
+    refused(tmp_path / "pipe.zip", r"pipe\.zip is a pipe or a device: write its contents to a file")
+    refused(Path("/dev/zero"), "/dev/zero is a pipe or a device")
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)  # a socket's path may be 108 bytes long
         server.bind("s.zip")
-    refused(tmp_path / "s.zip", "is a socket; give a zip")
+    refused(tmp_path / "s.zip", "is a pipe or a device")
     for name, make, message in (
         ("pipes", lambda path: os.mkfifo(path), r"1\.png is a named pipe and not a file; replace or remove it"),
         ("devices", lambda path: path.symlink_to("/dev/zero"), r"1\.png is a device and not a file"),

@@ -366,7 +366,7 @@ def test_other_files(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"holds weights without a network's code.*torch\.jit\.save"):
         load_script(tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="is a folder"):
         load_script(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_script(tmp_path / "none.pt")
