@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from edmdistill.training.meta import CachedShapes, allocate, layouts, returns_aliases, shapes
+from edmdistill.training.meta import CachedShapes, Outputs, returns_aliases
 
 ATEN = torch.ops.aten
 FLASH = ATEN._scaled_dot_product_flash_attention_for_cpu
@@ -35,14 +34,13 @@ class Recorded(NamedTuple):
         live: bytes after each call of torch, beside those before the pass.
         flops: operations.
         loads: bytes of each load of weights.
-        outputs, structure: the layouts of its outputs, and the tuple, list or tensor that they are.
+        outputs: what it returns.
     """
 
     live: list[int]
     flops: float
     loads: list[int]
-    outputs: tuple[tuple[Any, ...], ...]
-    structure: TreeSpec
+    outputs: Outputs
 
 
 class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
@@ -90,18 +88,16 @@ class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
         """
         calls, before, flops, loaded = len(self.live), self._now, self.flops, len(loads)
         out = run()
-        leaves, structure = tree_flatten(out)
-        if not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-            return out, None
-        if sum(leaf.nbytes for leaf in leaves) != self._now - before:
+        outputs = Outputs.of(out)
+        if outputs is None or sum(leaf.nbytes for leaf in tree_leaves(out)) != self._now - before:
             return out, None
         live = [now - before for now in self.live[calls:]]
-        return out, Recorded(live, self.flops - flops, loads[loaded:], layouts(leaves), structure)
+        return out, Recorded(live, self.flops - flops, loads[loaded:], outputs)
 
     def replay(self, recorded: Recorded, loads: list[int]) -> Any:
         """Counts a pass once more.  Returns: outputs like its own."""
         calls, before = len(self.live), self._now
-        out = tree_unflatten(allocate(recorded.outputs), recorded.structure)
+        out = recorded.outputs.allocate()
         self.live[calls:] = [before + more for more in recorded.live]
         self.flops += recorded.flops
         loads += recorded.loads
@@ -109,42 +105,6 @@ class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
 
     def _free(self, storage: int) -> None:
         self._now -= self.allocations.pop(storage)[1]
-
-
-@contextmanager
-def repeated_passes(networks: Iterable[nn.Module], ledger: Ledger, loads: list[int]) -> Iterator[None]:
-    """Within it, a pass without gradient that a network has made before is counted again, and not made again.
-
-    Args:
-        loads: gets the bytes of each load of weights that a pass makes.
-    """
-    patched = list(networks)
-    for network in patched:
-        network.forward = partial(_repeated, network.forward, {}, ledger, loads)
-    try:
-        yield
-    finally:
-        for network in patched:
-            del network.forward
-
-
-def _repeated(
-    forward: Callable[..., Any],
-    known: dict[Hashable, Recorded],
-    ledger: Ledger,
-    loads: list[int],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    key = shapes(args), shapes(kwargs.items())
-    if key in known:
-        return ledger.replay(known[key], loads)
-    out, recorded = ledger.record(partial(forward, *args, **kwargs), loads)
-    if recorded is not None:
-        known[key] = recorded
-    return out
 
 
 def _storages(value: Any) -> list[torch.UntypedStorage]:

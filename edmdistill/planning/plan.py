@@ -24,10 +24,11 @@ from edmdistill.methods.pieces import Pieces
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.planning.envelope import Uneven, peak, uneven_lines
-from edmdistill.planning.ledger import Ledger, fused_attention, repeated_passes
+from edmdistill.planning.ledger import Ledger, fused_attention
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import require_guide
 from edmdistill.training.ema import profiles
+from edmdistill.training.meta import cached_passes
 from edmdistill.training.micro_batch import HEADROOM
 from edmdistill.training.optimizers import state_bytes
 from edmdistill.training.probe import ROWS, Probe
@@ -293,7 +294,8 @@ class Trace(NamedTuple):
 def _trace(probe: Probe, turn: Turn, rows: int, effective: Sequence[EffectiveWeights], loads: list[int]) -> Trace:
     network = probe.set_trainable(turn.role)
     with fused_attention(), Ledger() as ledger:
-        with repeated_passes(probe.networks.values(), ledger, loads), shared_weights(effective):
+        record, replay = partial(ledger.record, loads=loads), partial(ledger.replay, loads=loads)
+        with cached_passes(probe.networks.values(), record, replay), shared_weights(effective):
             torch.autograd.backward(probe.loss(turn, rows).value.mean())
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         allocated = [0] * len(ledger.live)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+T = TypeVar("T")
 
 _OUTPUTS: dict[Hashable, tuple[tuple[Any, ...], ...]] = {}
 """Sizes, strides and dtypes of the tensors that each call on the meta device has returned."""
@@ -44,15 +46,46 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+class Outputs(NamedTuple):
+    """What a pass returns: the layouts of its tensors, and the tuple, list or tensor that they are."""
+
+    layouts: tuple[tuple[Any, ...], ...]
+    structure: TreeSpec
+
+    @classmethod
+    def of(cls, value: Any) -> Outputs | None:
+        """Returns those of a value; None unless all that it holds are tensors of the meta device."""
+        leaves, structure = tree_flatten(value)
+        made = all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
+        return cls(layouts(leaves), structure) if made else None
+
+    def allocate(self) -> Any:
+        return tree_unflatten(allocate(self.layouts), self.structure)
+
+
+def record(run: Callable[[], Any]) -> tuple[Any, Outputs | None]:
+    """Returns what a pass returns, and how to allocate its like."""
+    out = run()
+    return out, Outputs.of(out)
+
+
 @contextmanager
-def cached_passes(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, a pass without gradient that a network on the meta device has made before only allocates its outputs.
+def cached_passes(
+    networks: Iterable[nn.Module],
+    record: Callable[[Callable[[], Any]], tuple[Any, T | None]] = record,  # type: ignore[assignment]
+    replay: Callable[[T], Any] = Outputs.allocate,  # type: ignore[assignment]
+) -> Iterator[None]:
+    """Within it, a pass without gradient that a network on the meta device has made before is not made again.
 
     A method may follow its teacher for a thousand steps.
+
+    Args:
+        record: makes a pass, and returns what it returns and what is known of it from then on; None: nothing.
+        replay: from what is known, returns outputs like the pass's own.
     """
     patched = list(networks)
     for network in patched:
-        network.forward = _CachedPass(network.forward)
+        network.forward = partial(_cached, network.forward, {}, record, replay)
     try:
         yield
     finally:
@@ -60,25 +93,23 @@ def cached_passes(networks: Iterable[nn.Module]) -> Iterator[None]:
             del network.forward
 
 
-class _CachedPass:
-    """A network's forward pass."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
-        self.outputs: dict[Hashable, tuple[tuple[tuple[Any, ...], ...], TreeSpec]] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
-        key = shapes(args), shapes(kwargs.items())
-        if key not in self.outputs:
-            out = self.forward(*args, **kwargs)
-            leaves, structure = tree_flatten(out)
-            if not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-                return out
-            self.outputs[key] = layouts(leaves), structure
-        made, structure = self.outputs[key]
-        return tree_unflatten(allocate(made), structure)
+def _cached(
+    forward: Callable[..., Any],
+    known: dict[Hashable, T],
+    record: Callable[[Callable[[], Any]], tuple[Any, T | None]],
+    replay: Callable[[T], Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    key = shapes(args), shapes(kwargs.items())
+    if key in known:
+        return replay(known[key])
+    out, recorded = record(partial(forward, *args, **kwargs))
+    if recorded is not None:
+        known[key] = recorded
+    return out
 
 
 def layouts(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:

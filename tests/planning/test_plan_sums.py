@@ -93,8 +93,8 @@ def test_a_long_trajectory_is_measured_by_one_of_its_steps(
     forward, passes = FlowNetwork.forward, list[int]()
     monkeypatch.setattr(FlowNetwork, "forward", lambda self, *a, **more: passes.append(1) or forward(self, *a, **more))
     counts, found = [], []
-    for steps, repeated in ((4, module.repeated_passes), (30, module.repeated_passes), (30, lambda *_: nullcontext())):
-        monkeypatch.setattr(module, "repeated_passes", repeated)
+    for steps, repeated in ((4, module.cached_passes), (30, module.cached_passes), (30, lambda *_: nullcontext())):
+        monkeypatch.setattr(module, "cached_passes", repeated)
         passes.clear()
         found.append(measured(*sets, f"method.trajectory_steps={steps}", name=f"{name}/digits", **machine))
         counts.append(len(passes))
