@@ -100,11 +100,8 @@ def newest_whole_state(folder: Path, on_message: Callable[[str], object]) -> Pat
         on_message: called with a sentence about every state that is skipped.
     Raises: CheckpointError: there is none.
     """
-
-    def skip(state: Path, error: Exception) -> None:
-        on_message(f"The state {state} is not whole ({error}); the one before it is taken.")
-
-    newest = newest_whole([folder] if is_state(folder) else saved_states(folder / "state"), skip)
+    states = [folder] if is_state(folder) else saved_states(folder / "state")
+    newest = newest_whole(states, lambda state, sentence: on_message(sentence))
     if newest is None:
         raise CheckpointError(
             f"{folder} has no intact state to read raw weights from: use a run directory that has one"
@@ -112,18 +109,19 @@ def newest_whole_state(folder: Path, on_message: Callable[[str], object]) -> Pat
     return newest
 
 
-def newest_whole(states: Sequence[Path], on_broken: Callable[[Path, Exception], None]) -> Path | None:
+def newest_whole(states: Sequence[Path], on_broken: Callable[[Path, str], object]) -> Path | None:
     """Returns the last of some states, in ascending order, that is whole; None: none is.
 
     Args:
-        on_broken: called with every state that is skipped, and the reason.
+        on_broken: called with every state that is skipped, and a sentence on why.
     """
     for state in reversed(states):
         try:
             require_whole(state)
             return state
         except (OSError, ValueError) as error:
-            on_broken(state, error)
+            then = "; the one before it is taken" if state != states[0] else ""
+            on_broken(state, f"The state {state} is not whole ({error}){then}.")
     return None
 
 

@@ -33,7 +33,7 @@ MODES = {
     "F": "floating-point values",
 }
 GRID = "edmdistill"
-"""The text by which `edmdistill sample` marks its grids."""
+"""The text by which our grids are marked: `MARK` of sampling/grid.py."""
 _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer, fetched by `git lfs pull`",
     b"<": "a web page or an SVG",
@@ -87,7 +87,7 @@ def decode_image(
 
 
 def is_grid(data: bytes) -> bool:
-    """Returns whether a file is a grid of `edmdistill sample`."""
+    """Returns whether a file is a grid of ours."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             return GRID in image.info
@@ -96,11 +96,9 @@ def is_grid(data: bytes) -> bool:
 
 
 def refuse_grid(image: ImageFile.ImageFile, where: str) -> None:
-    """Raises: DatasetError: a picture, of which the header was read, is a grid of `edmdistill sample`."""
+    """Raises: DatasetError: a picture, of which the header was read, is a grid of ours."""
     if GRID in image.info:
-        raise DatasetError(
-            f"{where} is a grid of `edmdistill sample`, which shows many images side by side; move it elsewhere"
-        )
+        raise DatasetError(f"{where} is a grid of edmdistill, which shows many images side by side; move it elsewhere")
 
 
 def is_turned(image: ImageFile.ImageFile) -> bool:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from huggingface_hub import ModelInfo, hf_hub_download
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.errors import CheckpointError
+from edmdistill.sampling.grid import save_grid
 
 GRID = "samples.png"
 SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")
@@ -134,9 +134,7 @@ def signed_model(card: bytes | None) -> str | None:
 
 def signed_png(picture: Image.Image) -> bytes:
     """Returns a picture as a PNG that shows later changes of its pixels."""
-    text = PngInfo()
-    text.add_text(PICTURE_SIGNATURE, _digest(picture.tobytes()))
-    picture.save(data := io.BytesIO(), "png", pnginfo=text)
+    save_grid(picture, data := io.BytesIO(), **{PICTURE_SIGNATURE: _digest(picture.tobytes())})
     return data.getvalue()
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,6 +18,8 @@ GAP = 2  # pixels between two images
 PAPER = 255
 SMALLEST = 32  # smaller images are enlarged in a grid to this size
 THUMBNAIL = 128  # pixels a side, in a grid that holds many
+MARK = "edmdistill"
+"""The key of a PNG's text by which grids are known, and refused as data: `GRID` of data/decode.py."""
 TEXT, MARGIN = 12, 8  # font size and the space around text, in pixels
 
 
@@ -65,6 +70,18 @@ def image_grid(
         for x, i in enumerate(row):
             canvas[:, y * height : (y + 1) * height - GAP, x * width : (x + 1) * width - GAP] = tiles[i]
     return to_image(torch.from_numpy(canvas))
+
+
+def save_grid(picture: Image.Image, file: Path | IO[bytes], **texts: str) -> None:
+    """Writes a grid as a PNG with the mark of grids.
+
+    Args:
+        texts: by key; that of MARK is the digest of the request for samples that the grid shows.
+    """
+    about = PngInfo()
+    for key, text in ({MARK: "grid"} | texts).items():
+        about.add_text(key, text)
+    picture.save(file, "png", pnginfo=about)
 
 
 def named_rows(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:

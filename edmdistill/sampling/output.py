@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write
-from edmdistill.sampling.grid import image_grid
+from edmdistill.sampling.grid import MARK, image_grid, save_grid
 
-DIGEST_KEY = "edmdistill"
 MAX_GRID = 1024
 """Samples that a grid shows."""
 
@@ -45,7 +44,7 @@ def grid_digest(path: Path) -> str | None:
     try:
         # Image.open refuses a grid of many pixels, of which none is decoded here.
         with PngImageFile(path) as image:
-            return str(image.info.get(DIGEST_KEY))
+            return str(image.info.get(MARK))
     except (OSError, SyntaxError, ValueError):
         return None
 
@@ -121,7 +120,5 @@ class Output(ABC):
             return
         classes = None if self.info.classes is None else [self.info.classes[position] for position in positions]
         rows = classes if classes is not None and 2 * len(set(classes)) <= len(classes) else None
-        about = PngInfo()
-        about.add_text(DIGEST_KEY, self.info.digest)
         with atomic_write(path) as new:
-            image_grid(self.read(positions), labels=rows).save(new, "png", pnginfo=about)
+            save_grid(image_grid(self.read(positions), labels=rows), new, **{MARK: self.info.digest})

@@ -18,7 +18,7 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
 from edmdistill.sampling.generate import not_finite, sample
-from edmdistill.sampling.grid import image_grid, named_rows, thumbnails
+from edmdistill.sampling.grid import image_grid, named_rows, save_grid, thumbnails
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.training.ema import PowerFunction
 from edmdistill.training.monitors import require_finite
@@ -73,7 +73,7 @@ def save_sample_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> N
     if broken:
         tell(f"{broken} of {len(images)} samples are not finite, and left white in {path}.")
     with atomic_write(path) as new:
-        image_grid(pixels, COLUMNS).save(new, "png")
+        save_grid(image_grid(pixels, COLUMNS), new)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def save_role_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> Non
             tell(f"{broken} of {len(images)} images in row {role} are not finite, and left white in {path}.")
         pictures.append((role, pixels))
     with atomic_write(path) as new:
-        named_rows(pictures).save(new, "png")
+        save_grid(named_rows(pictures), new)
 
 
 def _pictures(run: Run, images: Tensor) -> tuple[Tensor, int]:
@@ -163,8 +163,8 @@ def save_grids(run: Run, folder: RunDir, tell: Callable[[str], object]) -> dict[
     Returns: those that were drawn, by the name of their folder; on the main process.
     """
     drawn = {}
-    for save_grid, place in ((save_sample_grid, folder.samples), (save_role_grid, folder.x0)):
+    for draw, place in ((save_sample_grid, folder.samples), (save_role_grid, folder.x0)):
         if not run.engine.broadcast(grid_path(place, run.images).exists()):
-            save_grid(run, place, tell)
+            draw(run, place, tell)
             drawn[place.name] = grid_path(place, run.images)
     return drawn if run.has_grids else {}

@@ -89,8 +89,8 @@ def resumable_state(folder: Path, on_message: Callable[[str], object]) -> Path |
     """
     states = saved_states(folder)
 
-    def set_aside(state: Path, error: Exception) -> None:
-        on_message(f"The state {state} is not whole ({error}); the run goes back to the one before it.")
+    def set_aside(state: Path, sentence: str) -> None:
+        on_message(sentence)
         shutil.rmtree(state.with_suffix(".broken"), ignore_errors=True)
         state.rename(state.with_suffix(".broken"))
 

@@ -27,7 +27,10 @@ def test_the_newest_whole_state_is_found_and_nothing_changes(tmp_path: Path) -> 
     (second / "progress.json").write_text("{")
     messages: list[str] = []
     assert newest_whole_state(tmp_path, messages.append) == first
-    assert [str(path) in message for path, message in zip((third, second), messages, strict=True)] == [True, True]
+    assert [
+        (str(path) in message, "the one before it is taken" in message)
+        for path, message in zip((third, second), messages, strict=True)
+    ] == [(True, True)] * 2
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
         path.name for path in (first, second, third)
     ]
@@ -35,9 +38,12 @@ def test_the_newest_whole_state_is_found_and_nothing_changes(tmp_path: Path) -> 
 
 def test_without_a_whole_state_there_is_a_sentence(tmp_path: Path) -> None:
     (state(tmp_path, 8) / "generator.safetensors").unlink()
+    messages: list[str] = []
     with pytest.raises(CheckpointError, match="has no intact state"):
-        newest_whole_state(tmp_path, lambda message: None)
-    assert newest_whole([], lambda path, error: pytest.fail(str(error))) is None
+        newest_whole_state(tmp_path, messages.append)
+    assert len(messages) == 1
+    assert "the one before" not in messages[0]
+    assert newest_whole([], lambda path, sentence: pytest.fail(sentence)) is None
 
 
 def test_a_state_under_another_name_is_refused(tmp_path: Path) -> None:

@@ -214,10 +214,10 @@ def test_a_grid_does_not_pass_as_a_sample(source: Path, tmp_path: Path) -> None:
         assert run(source, "--seeds", "0-3", "--out", folder / out).exit_code == 0
     prepare = ["data", "prepare", folder, packed, "--resolution", 8, "--transform", "center-crop", "--labels", "none"]
     refused = CliRunner().invoke(main, [*map(str, prepare)])
-    assert f"{folder}: toads.png is a grid of `edmdistill sample`" in refused.stderr
+    assert f"{folder}: toads.png is a grid of edmdistill" in refused.stderr
     assert (refused.exit_code, packed.exists()) == (2, False)
     (folder / "frogs" / "dataset.json").unlink()  # which has no class for it
-    with pytest.raises(DatasetError, match=r"toads\.png is a grid of `edmdistill sample`"):
+    with pytest.raises(DatasetError, match=r"toads\.png is a grid of edmdistill"):
         open_dataset(folder).images([4])
     (folder / "toads.png").rename(folder / "frogs-grid.png")
     for words in (["data", "inspect", folder], prepare):

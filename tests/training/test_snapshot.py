@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from edmdistill.data.datasets import open_dataset
+from edmdistill.errors import DatasetError
 from edmdistill.training import snapshot
 from edmdistill.training.run import Run
 
@@ -23,3 +25,12 @@ def test_samples_that_are_not_finite_are_left_white_and_counted(
     snapshot.save_sample_grid(start("sid"), tmp_path, heard.append)
     assert heard == [f"1 of 20 samples are not finite, and left white in {tmp_path / '000000000.png'}."]
     assert set(np.unique(np.asarray(Image.open(tmp_path / "000000000.png")))) == {64, 255}
+
+
+def test_a_grid_does_not_pass_as_data(start: Callable[..., Run], tmp_path: Path) -> None:
+    """RUN/samples and RUN/x0 hold many images in one, and are no data set."""
+    run = start("sid")
+    for save in (snapshot.save_sample_grid, snapshot.save_role_grid):
+        save(run, tmp_path / save.__name__, pytest.fail)
+        with pytest.raises(DatasetError, match="is a grid of edmdistill, which shows many images"):
+            open_dataset(tmp_path / save.__name__)
