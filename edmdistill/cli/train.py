@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -118,15 +118,17 @@ def command(
                 require_gpu(named_device(device), option)
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
 
-    from edmdistill.training.checks import require_measured
-    from edmdistill.training.prepare import prepare
+    with errors_once(), _starting() as stage:
+        stage("loading PyTorch")
+        from edmdistill.training.checks import require_measured
+        from edmdistill.training.prepare import prepare
 
-    machine = options.machine(device=device, micro_batch=size, workers=workers, log_with=log_with)
-    with errors_once():
+        machine = options.machine(device=device, micro_batch=size, workers=workers, log_with=log_with)
         source = find_recipe(recipe)
         resolved = source.resolve(method, sets)
         require_measured(resolved, stop_on)
         machine, notes = _fitted(fit, resolved, machine, data=data, teacher=teacher, guide=guide, init=init)
+        stage("reading teacher and data")
         run = prepare(
             resolved,
             data=data,
@@ -143,6 +145,14 @@ def command(
         _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run, profile)
     finally:
         run.engine.close()
+
+
+def _starting() -> AbstractContextManager[Callable[[str], object]]:
+    """Returns a stage_bar of what comes before the training, on the main process alone."""
+    from edmdistill.machine.launch import process_rank
+    from edmdistill.progress import stage_bar
+
+    return stage_bar("starting") if process_rank()[0] == 0 else nullcontext(lambda stage: None)
 
 
 def _train(

@@ -6,6 +6,7 @@ import time
 from click.testing import CliRunner
 from forks import Forked
 
+from edmdistill import progress
 from edmdistill.cli import main
 from edmdistill.cli.train import _untrained
 
@@ -43,6 +44,13 @@ def test_trains_and_says_what_to_type_next(tmp_path):
     changed = CliRunner().invoke(main, arguments(tmp_path / "run", "--set", "training.lr=0.5"))
     assert changed.exit_code == 2
     assert re.search(r"training\.lr: 0\.01 there, 0\.5 now", changed.stderr)
+
+
+def test_what_comes_before_the_training_is_shown_if_it_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    result = CliRunner().invoke(main, arguments(tmp_path / "run", "--dry-run"))
+    assert result.exit_code == 0, result.output
+    assert "starting: reading teacher and data [" in result.stderr
 
 
 def test_what_is_not_trained_is_said_once_unless_it_never_is():
