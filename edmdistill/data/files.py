@@ -249,7 +249,7 @@ def open_files(path: Path, expected: str = EXPECTED) -> Files:
         return FolderFiles(path)
     require_no_pipe(path, DatasetError)
     if path.suffix.lower() == ".npz":
-        raise DatasetError(f"{path} is an .npz, not a data set; give the images, as a zip or a folder")
+        raise DatasetError(f"{path} is an .npz, which `eval` measures, or measures against, not a data set; {expected}")
     files = ZipFiles(path)
     files.archive  # noqa: B018  # opened now, so that an error appears at once
     return files

@@ -130,12 +130,9 @@ class ReferenceStatistics:
 
 
 def is_statistics(source: str | Path) -> bool:
-    """Returns whether a source is a reference file by its suffix and members: a .pkl, or an .npz of any layout."""
+    """Returns whether a source is a reference file by its suffix: a .pkl or an .npz."""
     path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix == ".npz" and path.is_file():
-        return bool({"mu", "about", *IMAGES} & Npz(path).names)
-    return suffix == ".pkl"
+    return path.suffix.lower() in (".npz", ".pkl") and not path.is_dir()
 
 
 def open_statistics(path: str | Path) -> ReferenceStatistics:

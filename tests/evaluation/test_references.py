@@ -20,6 +20,7 @@ from edmdistill.evaluation import references
 from edmdistill.evaluation.base import Nothing
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
+from edmdistill.evaluation.protocol import PROTOCOLS, open_reference
 from edmdistill.evaluation.references import is_statistics, open_statistics
 from edmdistill.features.base import FeatureSpace
 
@@ -96,11 +97,17 @@ def test_what_a_file_does_not_have(metrics: Path) -> None:
 
 def test_what_is_statistics(metrics: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
-    np.savez(tmp_path / "other.npz", x=np.zeros(2))
     shutil.copy(tmp_path / "images.npz", tmp_path / "IMAGES.NPZ")
     names = [*metrics.glob("*ref*"), tmp_path / "images.npz", tmp_path / "IMAGES.NPZ", tmp_path / "REF.PKL"]
     assert all(map(is_statistics, names))
-    assert not any(map(is_statistics, [tmp_path / name for name in ("other.npz", "none.npz", "set.zip", "")]))
+    (tmp_path / "folder.npz").mkdir()
+    assert not any(map(is_statistics, [tmp_path / name for name in ("folder.npz", "set.zip", "")]))
+
+
+def test_an_npz_of_other_arrays_is_told_which_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", x=np.zeros(2))
+    with pytest.raises(DatasetError, match=r"holds x, but mu and sigma were expected; give .* or images in an \.npz"):
+        open_reference(tmp_path / "other.npz", PROTOCOLS["pixels"])
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

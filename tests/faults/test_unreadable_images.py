@@ -140,7 +140,7 @@ def test_sources_of_other_kinds_are_named(tmp_path: Path) -> None:
         "x.pkl": (b"\x80\x04" + bytes(50), "is a pickle; give a zip, a folder"),
         "x.npz": (
             good,
-            "is an .npz, not a data set; give the images",
+            "is an .npz, which `eval` measures, or measures against, not a data set; give a zip, a folder",
         ),
         "set.tar": (None, "is a tar archive; unpack it and give the folder"),
         "set.tar.gz": (None, "is a gzip file; unpack it and give the folder"),
