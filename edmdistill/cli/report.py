@@ -29,14 +29,14 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     """
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.results import load_results, read_results
-    from edmdistill.evaluation.tables import best_gamma_results, result_tables, sweep_tables
+    from edmdistill.evaluation.tables import result_tables, sweep_tables
     from edmdistill.report.page import report
     from edmdistill.report.summary import read_run
 
     out = out or run / "report.html"
     summary = read_run(run)
     saved = read_results(results) if results else load_results(run)
-    measured = result_tables(best_gamma_results(saved), summary.generator)
+    measured = result_tables(saved, summary.generator)
     swept = sweep_tables(saved, summary.generator)
     with atomic_write(out) as new:
         new.write_text(report(summary, measured, swept), encoding="utf-8")

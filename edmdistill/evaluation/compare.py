@@ -24,7 +24,7 @@ from edmdistill.evaluation.results import (
     read_results,
     results_files,
 )
-from edmdistill.evaluation.tables import csv_table, markdown_table, number, sampler_words
+from edmdistill.evaluation.tables import csv_table, distinct_rows, markdown_table, number, sampler_words
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
 
 CHOSEN = "balanced", "drawn", "given"
@@ -107,16 +107,15 @@ class Comparison(NamedTuple):
 
     def cells(self) -> list[list[str]]:
         """Returns the table; the first row is the head."""
-        body = [
-            [
-                row.name,
-                str(row.result.sampler.nfe) if row.result.sampler else "-",
-                sampler_words(row.result.sampler),
-                *(_cell(row.result.metrics.get(metric)) for metric in self.metrics),
-            ]
-            for row in self.rows
-        ]
-        return [["source", "NFE", "sampler", *self.metrics], *body]
+        return [["source", "NFE", "sampler", *self.metrics], *map(self._cells, self._shown)]
+
+    @property
+    def _shown(self) -> list[Row]:
+        return distinct_rows(self.rows, lambda row: row.result.sampler, self._cells)
+
+    def _cells(self, row: Row) -> list[str]:
+        sampler, values = row.result.sampler, map(row.result.metrics.get, self.metrics)
+        return [row.name, str(sampler.nfe) if sampler else "-", sampler_words(sampler), *map(_cell, values)]
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown, and the notes below it."""
@@ -125,7 +124,7 @@ class Comparison(NamedTuple):
     def to_csv(self) -> str:
         """Returns the table as comma-separated values, the numbers in full."""
         head, *body = self.cells()
-        numbers = [[row.result.metrics.get(metric) for metric in self.metrics] for row in self.rows]
+        numbers = [[row.result.metrics.get(metric) for metric in self.metrics] for row in self._shown]
         return csv_table([head, *([*cells[:3], *values] for cells, values in zip(body, numbers, strict=True))])
 
     def to_json(self) -> str:

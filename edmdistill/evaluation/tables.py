@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -19,6 +19,8 @@ from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result, is_of_raw_weights, is_of_teacher
 from edmdistill.sampling.spec import SamplerRecord
+
+T = TypeVar("T")
 
 MOST_DIGITS = 8
 """Digits of a noise level at most: what differs by less is rounding."""
@@ -97,6 +99,22 @@ def markdown_table(rows: Sequence[Sequence[str]], numbers: int = 0, notes: Seque
     head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in rows)
     rule = "|---" * (len(rows[0]) - numbers) + "|---:" * numbers + "|"
     return "\n".join([head, rule, *body, *(f"\n{note}" for note in notes)])
+
+
+def distinct_rows(
+    rows: Sequence[T], sampler: Callable[[T], SamplerRecord | None], cells: Callable[[T], list[str]]
+) -> list[T]:
+    """Returns the rows of a table without those of one step that repeat another: there gamma plays no part.
+
+    Args:
+        sampler: of a row.
+        cells: of a row, as they are shown.
+    """
+    shown: dict[object, T] = {}
+    for i, row in enumerate(rows):
+        drawn = sampler(row)
+        shown.setdefault(tuple(cells(row)) if drawn is not None and drawn.nfe == 1 else i, row)
+    return list(shown.values())
 
 
 def csv_table(rows: Iterable[Sequence[object]]) -> str:
@@ -191,11 +209,14 @@ def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
         curve[nfe] = min(value, curve.get(nfe, value), key=partial(loss_of, main))
     goal, steps = _best(best.get("teacher", {0: math.nan}), main)
 
-    body = [["", "NFE", *map(heading, metrics), *(["vs teacher's best"] if steps else []), "sampler"]]
-    for name, nfe, result in rows:
+    def cells(row: tuple[str, int, Result]) -> list[str]:
+        name, nfe, result = row
         values = [number(result.metrics[metric]) if metric in result.metrics else "-" for metric in metrics]
         ratio = [f"{result.metrics[main] / goal:.2f} x"] if steps else []
-        body.append([name, str(nfe or "-"), *values, *ratio, sampler_words(result.sampler)])
+        return [name, str(nfe or "-"), *values, *ratio, sampler_words(result.sampler)]
+
+    body = [["", "NFE", *map(heading, metrics), *(["vs teacher's best"] if steps else []), "sampler"]]
+    body += map(cells, distinct_rows(rows, lambda row: row[2].sampler, cells))
     claim = ""
     if steps and "generator" in best:
         value, nfe = _best(best["generator"], main)

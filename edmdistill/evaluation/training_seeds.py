@@ -14,7 +14,7 @@ import msgspec
 from edmdistill.checkpoints.layout import RECIPE, RUN
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.compare import Comparison, Row
-from edmdistill.evaluation.tables import csv_table, markdown_table, number, sampler_words
+from edmdistill.evaluation.tables import csv_table, distinct_rows, markdown_table, number, sampler_words
 
 MEANS = "Mean ± standard deviation over runs that differ in training.seed alone."
 
@@ -69,8 +69,7 @@ class SeedTable(NamedTuple):
 
     def cells(self) -> list[list[str]]:
         """Returns the table of means and standard deviations; the first row is the head."""
-        body = [[*self._about(group), *(_cell(group, metric) for metric in self.metrics)] for group in self.groups]
-        return [["source", "runs", "NFE", "sampler", *self.metrics], *body]
+        return [["source", "runs", "NFE", "sampler", *self.metrics], *map(self._cells, self._shown)]
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown, and the notes below it."""
@@ -80,7 +79,7 @@ class SeedTable(NamedTuple):
         """Returns the table as comma-separated values, the numbers in full: mean, deviation of each metric."""
         names = [name for metric in self.metrics for name in (metric, f"{metric} deviation")]
         rows: list[list[object]] = [["source", "runs", "NFE", "sampler", *names]]
-        for group in self.groups:
+        for group in self._shown:
             numbers = [value for metric in self.metrics for value in (group.mean(metric), group.deviation(metric))]
             rows.append([*self._about(group), *numbers])
         return csv_table(rows)
@@ -99,6 +98,13 @@ class SeedTable(NamedTuple):
         ]
         document = {"schema_version": 1, "metrics": self.metrics, "rows": rows, "notes": self.notes}
         return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+
+    @property
+    def _shown(self) -> list[Group]:
+        return distinct_rows(self.groups, lambda group: group.rows[0].result.sampler, self._cells)
+
+    def _cells(self, group: Group) -> list[str]:
+        return [*self._about(group), *(_cell(group, metric) for metric in self.metrics)]
 
     @staticmethod
     def _about(group: Group) -> list[str]:

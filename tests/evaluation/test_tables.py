@@ -1,11 +1,13 @@
 """Tables of results: who is compared with whom, and by what."""
 
+import json
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.compare import Row, compare
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result, read_results, results_json
 from edmdistill.evaluation.tables import (
@@ -18,6 +20,7 @@ from edmdistill.evaluation.tables import (
     sweep_table,
     sweep_tables,
 )
+from edmdistill.evaluation.training_seeds import over_seeds
 from edmdistill.sampling.spec import SamplerRecord
 
 OURS = GeneratorId("ab" * 32, 1000)
@@ -154,6 +157,19 @@ def test_of_one_step_no_gamma_is_told_for_none_plays():
     weighed = replace(weighed, sampler=replace(weighed.sampler, guidance=1.5))
     (table,) = result_tables([weighed, at_gamma(0.0, 2, 6.0)], OURS)
     assert [row[-1] for row in table.rows[1:]] == ["guidance 1.5, sigma 80", "gamma 0, sigma 80 2.5"]
+
+
+def test_one_step_is_one_row_whatever_gamma_it_was_measured_with():
+    """In the first table of a report, which has a row for every other setting, and in a comparison."""
+    swept = [at_gamma(gamma, nfe, 5.0 + nfe * gamma * (nfe > 1)) for gamma in (0.0, 0.5, 1.0) for nfe in (1, 2)]
+    (table,) = result_tables(swept, OURS)
+    assert [row[1:3] for row in table.rows[1:]] == [["1", "5.000"], ["2", "5.000"], ["2", "6.000"], ["2", "7.000"]]
+    compared = compare([Row("a", one) for one in swept])
+    assert [row[1] for row in compared.cells()[1:]] == ["1", "2", "2", "2"]
+    assert len(compared.to_csv().splitlines()) == 5
+    assert len(over_seeds(compared).cells()) == 5
+    assert len(json.loads(compared.to_json())["rows"]) == 6  # the records of all measurements
+    assert len(compare([Row("a", swept[0]), Row("b", swept[2])]).cells()) == 3  # of two sources
 
 
 def test_of_several_gammas_the_best_stays():
