@@ -363,36 +363,6 @@ def test_what_is_no_checkpoint_is_refused(folder: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_tensors_round_trip(tmp_path: Path) -> None:
-    shared = torch.arange(6.0).reshape(2, 3)
-    tensors = {"a": shared, "b": shared, "c": shared.t(), "d": torch.ones([], dtype=torch.bfloat16)}
-    save_tensors(tmp_path / "t.safetensors", tensors, {"images": "7"})
-    assert names(tmp_path) == ["t.safetensors"]
-    read, metadata = load_tensors(tmp_path / "t.safetensors")
-    assert metadata == {"images": "7"}
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    read["a"].zero_()  # in memory of its own: neither the file nor its twin follows
-    assert torch.equal(read["b"], shared)
-    assert torch.equal(load_tensors(tmp_path / "t.safetensors")[0]["a"], shared)
-    save_tensors(tmp_path / "none.safetensors", {})  # of a network without weights
-    assert load_tensors(tmp_path / "none.safetensors") == ({}, {})
-
-
-def test_tensors_are_written_from_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of one storage too, which in copies would be in memory a second time."""
-    written: dict[str, torch.Tensor] = {}
-
-    def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-        path.touch()
-        written.update(tensors)
-
-    monkeypatch.setattr(store, "write_safetensors", write)
-    whole = torch.arange(6.0)
-    save_tensors(tmp_path / "a", {"head": whole[:2], "tail": whole[2:], "again": whole})
-    places = {name: tensor.data_ptr() - whole.data_ptr() for name, tensor in written.items()}
-    assert places == {"head": 0, "tail": 8, "again": 0}
-
-
 def test_aside_takes_files_too(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "deep" / "a.txt") as new:
         new.write_text("a")

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from digit_images import TEST, TRAIN, held_out, write_folder, write_npz
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from PIL import Image
 from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance, describe
@@ -23,7 +23,7 @@ from edmdistill.evaluation.collect import collect_statistics
 from edmdistill.evaluation.compare import Row, compare, differences
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.evaluation.images import BLOCKS, block_size, open_images
+from edmdistill.evaluation.images import BLOCKS, block_size
 from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.panel import collect_reference
 from edmdistill.evaluation.protocol import PROTOCOLS
@@ -48,8 +48,6 @@ from edmdistill.sampling.job import SampleJob
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
 from edmdistill.sampling.spec import SamplerSpec
 
-TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
-
 
 def flow(label_dim: int = 10, channels: int = 1) -> FlowNetwork:
     torch.manual_seed(0)
@@ -71,10 +69,6 @@ def generator(label_dim: int = 10, channels: int = 1) -> Generator:
     net = flow(label_dim, channels)
     provenance = Provenance(source="teacher.pkl", sha256="00")
     return Generator(net, CheckpointConfig(stage="generator", method="cosim", provenance=provenance, **describe(net)))
-
-
-def held_out() -> Tensor:
-    return TEST.images(range(len(TEST)))
 
 
 def test_a_generator_is_measured_as_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,57 +189,6 @@ def test_a_network_stands_beside_its_own_samples(tmp_path: Path) -> None:
     assert [row[1] for row in table.cells()] == ["NFE", "2", "2"]
 
 
-def test_samples_say_how_they_were_drawn(tmp_path: Path) -> None:
-    """Of decoded latents, the classes cannot be drawn again without the network; others than all of them do not say."""
-    folder = write_folder(tmp_path, torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [1, 0, 1])
-    record = {"request": {"classes": "drawn", "vae": "ab" * 32}, "count": 3, "complete": True, "not_finite": []}
-    for changes, expected in (
-        ({}, ("drawn", "ab" * 32)),
-        ({"count": 4}, ("given", None)),
-        ({"complete": False}, ("given", None)),
-        ({"not_finite": [3]}, ("given", None)),
-        ({"request": {"classes": 1, "vae": 2, "sampler": 3}}, ("given", None)),
-    ):
-        (folder / "samples.json").write_text(json.dumps(record | changes))
-        images = open_images(folder, 5)
-        assert (images.label_source, images.decoder, images.sampler) == (*expected, None)
-
-
-def write_npz(path: Path, images: Tensor, **columns: object) -> Path:
-    np.savez(path / "x.npz", images=images.permute(0, 2, 3, 1).numpy(), **columns)
-    return path / "x.npz"
-
-
-def write_folder(path: Path, images: Tensor, classes: list[int] | None, suffix: str = "png") -> Path:
-    folder = path / "images"
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image[0].numpy()).save(folder / f"{i:06d}.{suffix}")
-    if classes is not None:
-        labels = [[f"{i:06d}.{suffix}", c] for i, c in enumerate(classes)]
-        (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return folder
-
-
-def test_images_are_the_same_images_in_any_wrapping(tmp_path: Path) -> None:
-    images, classes = held_out(), TEST.labels(range(297))
-    assert classes is not None
-    bare = evaluate(images, protocol="digits")
-    npz = evaluate(write_npz(tmp_path, images, seeds=np.arange(297), labels=classes.numpy()), protocol="digits")
-    folder = evaluate(write_folder(tmp_path, images, classes.tolist()), protocol="digits")
-    space = load_features("digits")
-    fd = frechet_distance(statistics(space(images)), statistics(space(TRAIN.images(range(1500)))))
-    for result in (bare, npz, folder):
-        assert result.metrics["fd_digits@297"] == pytest.approx(fd, rel=1e-6)
-        assert result.sampler is None
-    assert npz.metrics == pytest.approx(folder.metrics)
-    assert npz.metrics["class_accuracy@297"] >= 0.98
-    compare([Row("npz", npz), Row("folder", folder)])
-    assert (bare.protocol.seeds, bare.protocol.labels) == (None, "unknown")
-    assert (npz.protocol.seeds, npz.protocol.labels) == ("0-296", "given")
-    assert folder.provenance["source"] == str(tmp_path / "images")
-
-
 def test_samples_measured_from_a_file_compare_with_those_measured_directly(tmp_path: Path) -> None:
     model, seeds = generator(), np.arange(20)
     images = to_uint8(sample(model, 1, seeds=seeds, labels=seeds % 10))
@@ -253,35 +196,6 @@ def test_samples_measured_from_a_file_compare_with_those_measured_directly(tmp_p
     direct = evaluate(model, protocol="digits", sampler=SamplerSpec(nfe=1), seeds=range(20))
     compare([Row("saved", saved), Row("direct", direct)])
     assert saved.metrics == pytest.approx(direct.metrics, rel=1e-5)
-
-
-def test_real_against_itself_is_nothing() -> None:
-    real = TRAIN.images(range(1500))
-    assert abs(evaluate(real, protocol="digits").metrics["fd_digits@1500"]) < 1e-6
-    assert abs(evaluate(real, "digits", protocol="pixels").metrics["fd_pixels@1500"]) < 1e-6
-
-
-def test_pixels_take_any_reference(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, held_out()[:20], None)
-    result = evaluate(held_out(), folder, protocol="pixels")
-    reference = result.protocol.reference
-    assert reference is not None
-    assert (reference.source, reference.split, reference.n) == ("images", "train", 20)
-    assert result.protocol.weights == {"pixels": None}
-
-
-def test_the_reference_is_known_by_its_content(tmp_path: Path) -> None:
-    same, other = tmp_path / "a", tmp_path / "b"
-    hashes = []
-    for path, images in ((same, held_out()[:20]), (other, held_out()[1:21])):
-        path.mkdir()
-        result = evaluate(held_out(), write_folder(path, images, None), protocol="pixels")
-        assert result.protocol.reference is not None
-        hashes.append(result.protocol.reference.sha256)
-    assert hashes[0] != hashes[1]
-    other = evaluate(held_out(), same / "images", protocol="pixels")
-    with pytest.raises(EdmDistillError, match="they differ in reference"):
-        compare([Row("one", result), Row("other", other)])
 
 
 def test_json_says_it_all() -> None:
@@ -371,36 +285,6 @@ def test_sampling_options_are_for_networks() -> None:
 def test_a_network_of_other_images_is_refused_before_it_draws() -> None:
     with pytest.raises(DatasetError, match="the images are 3x8x8"):
         evaluate(generator(channels=3), protocol="digits", sampler=SamplerSpec(nfe=1), on_progress=pytest.fail)
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        (
-            {"latents": np.zeros((2, 4, 8, 8), np.float32)},
-            "holds latents, but images or arr_0 were expected, .*; decode latents first",
-        ),
-        ({"images": np.zeros((2, 1, 8, 8), np.uint8)}, r"images are uint8 \[2, 1, 8, 8\], but uint8 \[N,H,W,C\]"),
-        ({"images": np.zeros((2, 8, 8, 1))}, r"images are float64"),
-        ({"images": np.zeros((2, 8, 8, 1), np.uint8), "seeds": np.arange(3)}, r"seeds are int64 \[3\], but an integer"),
-        ({"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.ones(2)}, r"labels are float64 \[2\]"),
-        ({"images": np.array([{}, None])}, r"images is not a readable array \(Object arrays cannot be read"),
-    ],
-)
-def test_broken_npz(columns: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", **columns)
-    with pytest.raises(DatasetError, match=message):
-        evaluate(tmp_path / "x.npz", protocol="digits")
-
-
-def test_images_without_classes_in_an_npz(tmp_path: Path) -> None:
-    path = write_npz(tmp_path, held_out()[:5], seeds=np.arange(5), labels=np.full(5, -1))
-    assert set(evaluate(path, protocol="digits").metrics) == {"fd_digits@5"}
-
-
-def test_jpegs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"000000\.jpg is a JPEG, .* changes every metric"):
-        evaluate(write_folder(tmp_path, held_out()[:3], None, "jpg"), protocol="digits")
 
 
 @given(st.lists(st.integers(0, 30), unique=True, min_size=1))
