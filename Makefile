@@ -20,7 +20,7 @@ $(RUN)/teacher/config.json $(RUN)/cosim/generator/config.json: ;
 
 # What is measured is kept as long as its checkpoint stays; the other commands know by themselves what is done.
 $(RUN)/cosim/eval/teacher.json: $(RUN)/teacher/config.json
-	$(BIN)/edmdistill eval $(RUN)/teacher --nfe 7,35 --protocol digits --out $@
+	$(BIN)/edmdistill eval $(RUN)/teacher --solver dpm-solver++2m --nfe 4,7,12 --protocol digits --out $@
 
 $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4 --protocol digits --out $@

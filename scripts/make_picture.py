@@ -15,13 +15,15 @@ from torch.nn import functional
 import edmdistill
 
 COLUMNS, SCALE, GAP, MARGIN = 20, 4, 8, 150
-ROWS = [("teacher", 3), ("teacher", 35), ("cosim", 1), ("cosim", 2), ("cosim", 4)]
+ROWS = [("teacher", 4), ("teacher", 12), ("cosim", 1), ("cosim", 2), ("cosim", 4)]
 
 
 def row(source: Path, nfe: int) -> Image.Image:
-    """Images of classes 0 to 9 in turn, side by side."""
-    load = edmdistill.load_denoiser if source.name == "teacher" else edmdistill.load_generator
-    images = edmdistill.sample(load(source), nfe, seeds=range(COLUMNS), labels=[i % 10 for i in range(COLUMNS)])
+    """Images of classes 0 to 9 in turn, side by side; a teacher's by the solver of README's table."""
+    teacher = source.name == "teacher"
+    model = (edmdistill.load_denoiser if teacher else edmdistill.load_generator)(source)
+    labels, solver = [i % 10 for i in range(COLUMNS)], "dpm-solver++2m" if teacher else None
+    images = edmdistill.sample(model, nfe, seeds=range(COLUMNS), labels=labels, solver=solver)
     strip = torch.cat(list(functional.pad(images[:, 0], (0, 1), value=1.0)), dim=1)  # a white line after each
     picture = Image.fromarray((strip * 127.5 + 128).clip(0, 255).to(torch.uint8).numpy())
     return picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)

@@ -68,9 +68,9 @@ class SamplerGrid:
 
     times: tuple[str, ...]
     guidance: list[float] | None
+    solvers: tuple[str, ...]
     guide: str | None
     force_guidance: bool
-    solver: str | None
 
     def specs(
         self, flow: FlowNetwork, dtype: Dtype, nfes: Sequence[int | None], gammas: Sequence[float | None]
@@ -96,9 +96,10 @@ class SamplerGrid:
                 gamma=gamma,
                 times=None if times is None else parse_times(times, **levels),
                 guidance=weight,
-                solver=self.solver,
+                solver=solver,
                 **({} if weight in without else guided),
             )
+            for solver in self.solvers or (None,)
             for times in self.times or (None,)
             for weight in weights
             for gamma in gammas
@@ -115,11 +116,13 @@ TEACHER_OPTIONS = (
         is_flag=True,
         help="Let a teacher guide itself that was never trained without its classes.",
     ),
-    click.option("--solver", type=Name(SOLVERS), help="Teacher, or generator of two times, as CTM's.  [default: heun]"),
 )
 ONE_SAMPLER = (
     click.option(
-        "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
+        "--t",
+        "times",
+        metavar="LIST",
+        help="Noise levels of the steps as in 80,2.5, or radians as in 1.56rad,1.1rad.",
     ),
     click.option(
         "--guidance",
@@ -128,12 +131,13 @@ ONE_SAMPLER = (
         help="Guidance weight: 1 = none, 0 = the guide alone.  [default: 1, or the lower end of a generator's range]",
     ),
     *TEACHER_OPTIONS,
+    click.option("--solver", type=Name(SOLVERS), help="Teacher, or generator of two times, as CTM's.  [default: heun]"),
 )
 sampler_grid_options = option_group(
     "sampler",
     SamplerGrid,
     click.option(
-        "--t", "times", multiple=True, metavar="LIST", help="Generator: noise levels, as of sample; may be repeated."
+        "--t", "times", multiple=True, metavar="LIST", help="Noise levels of the steps, as of sample; may be repeated."
     ),
     list_option(
         "--guidance",
@@ -141,6 +145,13 @@ sampler_grid_options = option_group(
         FiniteFloat(0, MAX_GUIDANCE),
         "1,1.2,1.4",
         "Guidance weights.  [default: 1, or the lower end of a generator's range]",
+    ),
+    click.option(
+        "--solver",
+        "solvers",
+        type=Name(SOLVERS),
+        multiple=True,
+        help="Teacher, or generator of two times, as CTM's; may be repeated.  [default: heun]",
     ),
     *TEACHER_OPTIONS,
 )

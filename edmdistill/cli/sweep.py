@@ -46,8 +46,8 @@ def command(
     out: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure SOURCE, a checkpoint, a run directory or an official pickle, at each combination of --nfe or --t, --gamma
-    and --guidance.
+    """Measure SOURCE, a checkpoint, a run directory or an official pickle, at each combination of --nfe or --t,
+    --gamma, --solver and --guidance.
 
     Each value equals that of `eval` with these options: the seeds are the same. After Ctrl-C or a kill, the same
     command goes on.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.config import default_nfe
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork, equal_weights
 from edmdistill.networks.rounding import rounding_error
@@ -68,7 +68,9 @@ def rounding_warning(model: Generator | Denoiser, spec: SamplerSpec) -> str | No
     A solver's first step is no image, and its later steps correct it.
     """
     record, flow = build_sampler(model, spec).record, model.flow
-    if record.sigmas is None or (error := rounding_error(flow, record.dtype, record.sigmas[0])) < VISIBLE:
+    if record.sigmas is None or record.solver in SOLVERS:
+        return None
+    if (error := rounding_error(flow, record.dtype, record.sigmas[0])) < VISIBLE:
         return None
     return (
         f"Warning: the network predicts the noise, whose rounding in {record.dtype} is an error of about {error:.1g} "
@@ -86,9 +88,11 @@ def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
         )
     flow, weight = model.flow, _guidance_weight(model, spec.guidance)
     gamma = model.config.sampling.gamma if spec.gamma is None else spec.gamma
-    times = model.schedule(spec.nfe or default_nfe(model.config))
-    if spec.times is not None:
+    if spec.times is None:
+        times = model.schedule(spec.nfe or default_nfe(model.config))
+    else:
         times = torch.as_tensor(spec.times, dtype=torch.float64)
+        _check_nfe(spec, len(times))
     jump = partial(model.jump, w=_weight_tensor(flow, weight)) if flow.guided else model.jump
     sigmas = tuple(time_to_sigma(times, flow.sigma_data).tolist())
     return Sampler(
@@ -98,12 +102,12 @@ def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
 
 
 def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
-    if spec.gamma is not None or spec.times is not None:
+    if spec.gamma is not None:
         if model.flow.two_time:
             raise EdmDistillError(
-                f"gamma and times are for a generator's jumps, and the solver {spec.solver} makes none: leave out one"
+                f"gamma is for a generator's jumps, and the solver {spec.solver} makes none: leave out one of the two"
             )
-        raise EdmDistillError("gamma and times are for generators, but this is a teacher: use nfe, guidance and churn")
+        raise EdmDistillError("gamma is for generators, but this is a teacher: use churn, or leave it out")
     name, weight = spec.solver or "heun", _guidance_weight(model, spec.guidance)
     if spec.guide is not None and weight == 1:
         raise EdmDistillError("a guide has no effect at guidance 1: give another weight, or leave the guide out")
@@ -114,9 +118,20 @@ def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
             "out to guide away from the network without its classes"
         )
     official, solver = official_sampler(model), SOLVERS[name]
-    nfe = spec.nfe or solver.nfe(official.num_steps)
-    draw = partial(solver.sampler, denoiser, sigmas=official.sigmas(denoiser, solver.num_steps(nfe)))
-    record = SamplerRecord(solver=name, nfe=nfe, guidance=weight)
+    nfe, levels = spec.nfe or solver.nfe(official.num_steps), None
+    if spec.times is None:
+        sigmas = official.sigmas(denoiser, solver.num_steps(nfe))
+    else:
+        sigmas = _solver_sigmas(model, spec.times).to(official.dtype)
+        levels, nfe = tuple(sigmas[:-1].tolist()), solver.nfe(len(spec.times))
+        _check_nfe(spec, nfe)
+    if solver.multistep and bool((sigmas.diff() == 0).any()):
+        raise EdmDistillError(
+            f"the network takes two of the noise levels for one, and {name} looks back at earlier steps, of which none "
+            "may be of length 0: use the solver heun, or fewer levels"
+        )
+    draw = partial(solver.sampler, denoiser, sigmas=sigmas)
+    record = SamplerRecord(solver=name, nfe=nfe, sigmas=levels, guidance=weight)
     if name == "heun":
         churn = spec.churn
         if churn != Churn():  # infinity is not JSON
@@ -124,6 +139,26 @@ def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
             record = replace(record, churn=noise)
         return Sampler(partial(draw, churn=churn, always_draws=official.always_draws), record)
     return Sampler(lambda noise, labels, randn_like: draw(noise, labels), record)
+
+
+def _solver_sigmas(model: Denoiser, times: Sequence[float] | Tensor) -> Tensor:
+    """Returns noise levels for a solver, as the network takes them, followed by 0.  float64 [len(times) + 1]"""
+    exact = time_to_sigma(torch.as_tensor(times, dtype=torch.float64), model.flow.sigma_data)
+    sigmas = exact.clamp(model.sigma_min, model.sigma_max)
+    if not torch.allclose(sigmas, exact, rtol=1e-6, atol=0):  # times are rounded
+        raise EdmDistillError(
+            f"a solver's noise levels must be the network's, {model.sigma_min:g} to {model.sigma_max:g}, but these are "
+            f"{float(exact[0]):.4g} to {float(exact[-1]):.4g}"
+        )
+    return torch.cat([model.round_sigma(sigmas), sigmas.new_zeros(1)])
+
+
+def _check_nfe(spec: SamplerSpec, nfe: int) -> None:
+    if spec.times is not None and spec.nfe not in (None, nfe):
+        raise EdmDistillError(
+            f"{counted(len(spec.times), 'noise level')} cannot make {counted(spec.nfe, 'network evaluation')}, but "
+            f"{nfe}: leave out one of the two"
+        )
 
 
 def _reference_sampler(model: Generator | Denoiser, spec: SamplerSpec, reference: ReferenceGuidance) -> Sampler:

@@ -61,7 +61,7 @@ def sample(
         seeds: one for each image, taken modulo 2^32.  [N]
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
         gamma: share of fresh noise between a generator's steps, in [0, 1].
-        times: a generator's times in radians, falling, in place of nfe.  [nfe]
+        times: noise levels as times in radians, falling, in place of nfe.  [steps]
         guidance, guide, force_guidance, solver, churn, reference: see SamplerSpec.
         batch: images at a time.
         on_progress: called with the number of images that have just been finished.

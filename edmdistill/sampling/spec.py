@@ -14,6 +14,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
 from edmdistill.sampling.heun import Churn, edm_sampler
+from edmdistill.sampling.multistep import ipndm_sampler, unipc_sampler
 from edmdistill.sampling.times import check_times
 from edmdistill.sampling.trajectory import ReferenceGuidance
 
@@ -23,10 +24,16 @@ MAX_GUIDANCE = 1000.0
 
 
 class Solver(NamedTuple):
-    """A solver of a teacher's ODE, and the calls of the denoiser in each of its steps but the last, which takes one."""
+    """A solver of a teacher's ODE.
+
+    Attributes:
+        calls_per_step: of the denoiser; the last step takes one.
+        multistep: it looks back at earlier steps, none of which may be of length 0.
+    """
 
     sampler: Callable[..., Tensor]
     calls_per_step: int
+    multistep: bool = False
 
     def nfe(self, num_steps: int) -> int:
         """Returns the network evaluations of so many steps."""
@@ -49,7 +56,9 @@ SOLVERS = {
     "heun": Solver(edm_sampler, 2),
     "ddim": Solver(ddim_sampler, 1),
     "dpm-solver-2s": Solver(dpm_solver_2s, 2),
-    "dpm-solver++2m": Solver(dpm_solver_pp_2m, 1),
+    "dpm-solver++2m": Solver(dpm_solver_pp_2m, 1, multistep=True),
+    "ipndm": Solver(ipndm_sampler, 1, multistep=True),
+    "unipc": Solver(unipc_sampler, 1, multistep=True),
 }
 """How teachers are sampled, by the names that users type."""
 
@@ -63,7 +72,7 @@ class SamplerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """For a likelihood, the mean over the images, rounded."""
     gamma: float | None = None
     sigmas: tuple[float, ...] | None = None
-    """A generator's noise levels; a teacher's follow from nfe."""
+    """Noise levels; None: a teacher's grid, which follows from nfe."""
     guidance: float = 1.0
     guide: str | UnsetType = UNSET
     """The sha256 of the network to guide away from; absent: the network itself without classes, or none."""
@@ -82,7 +91,8 @@ class SamplerSpec:
             35 for a teacher, 63 for one of EDM2. Odd for a solver that takes two evaluations a step; guidance, which
             calls a second network, does not count.
         gamma: share of fresh noise between a generator's steps, in [0, 1]; see gamma_sampler.
-        times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
+        times: noise levels as times in radians, falling, one a step; default: a generator's schedule for nfe steps, and
+            a teacher's grid of the official sampler.
         guidance: weight of a teacher's guidance, see GuidedDenoiser, or one in the range that a generator was trained
             for. 1 = none, 0 = the guide alone, at most 1000; default: 1, or the lower end of a generator's range.
         guide: the network to guide away from; default: the teacher without labels, if it was trained for that.
@@ -124,7 +134,7 @@ class SamplerSpec:
         if self.gamma is not None and not 0 <= self.gamma <= 1:
             raise EdmDistillError(f"gamma, the share of fresh noise, must be in [0, 1], but it is {self.gamma:g}")
         if self.times is not None:
-            object.__setattr__(self, "times", tuple(check_times(self.times, self.nfe).tolist()))
+            object.__setattr__(self, "times", tuple(check_times(self.times).tolist()))
         if self.solver is not None and self.solver not in SOLVERS:
             raise EdmDistillError(f"there is no solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
         if self.solver not in (None, "heun") and self.churn != Churn():

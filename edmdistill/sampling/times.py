@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError, comma_separated, counted
+from edmdistill.errors import EdmDistillError, comma_separated
 from edmdistill.trigflow import sigma_to_time
 
 
@@ -37,10 +37,10 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
     return torch.tensor(times, dtype=torch.float64)
 
 
-def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tensor:
-    """Returns the times of a gamma-sampler once checked: radians in (0, pi/2], falling, may repeat.  float64 [nfe]
+def check_times(times: Tensor | Sequence[float]) -> Tensor:
+    """Returns sampling times once checked: radians in (0, pi/2], falling, may repeat.  float64 [steps]
 
-    Raises: EdmDistillError: they are not such times, or their number is not nfe.
+    Raises: EdmDistillError: they are not such times.
     """
     times = torch.as_tensor(times, dtype=torch.float64)
     shown = ", ".join(f"{t:.4g}" for t in times.flatten().tolist())
@@ -53,9 +53,4 @@ def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tens
         )
     if bool((times.diff() > 0).any()):
         raise EdmDistillError(f"sampling times must decrease from noise to data, but these increase: {shown} (radians)")
-    if nfe is not None and nfe != len(times):
-        raise EdmDistillError(
-            f"{counted(len(times), 'sampling time')} cannot make {counted(nfe, 'network evaluation')}, one each: leave "
-            "out one of the two"
-        )
     return times

@@ -134,6 +134,11 @@ OPTIONS = {
     "teacher": ("teacher", ["--nfe", 5, "--class", "one"], {"nfe": 5, "labels": 1}),
     "run": ("diffusion run", ["--nfe", 3, "--class", "tree frog"], {"nfe": 3, "labels": 2}),
     "solver": ("teacher", ["--nfe", 4, "--solver", "dpm-solver++2m"], {"nfe": 4, "solver": "dpm-solver++2m"}),
+    "t of a teacher": (
+        "teacher",
+        ["--t", "80,3,1.1rad", "--solver", "ipndm"],
+        {"times": [1.5645463353, 1.4056476494, 1.1], "solver": "ipndm"},
+    ),
     "churn": (
         "teacher",
         ["--nfe", 5, "--churn", 2, "--churn-noise", 1.01],

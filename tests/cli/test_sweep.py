@@ -149,7 +149,7 @@ def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeyp
         (["--nfe", "1", "--gamma", "2"], "2.0 is not in the range 0<=x<=1"),
         (["--nfe", "1", "--plot", "a.jpg"], "must end in .svg or .html or .png or .pdf"),
         (["--gamma", "1"], "give --nfe or --t"),
-        (["--nfe", "1", "--t", "80,2"], "2 sampling times cannot make 1 network evaluation,"),
+        (["--nfe", "1", "--t", "80,2"], "2 noise levels cannot make 1 network evaluation, but 2: leave out one"),
         (["--nfe", "1", "--guidance", "1,strong"], "'1,strong' is not a list of numbers such as 1,1.2,1.4"),
         (["--nfe", "1", "--weights", "inception"], "'inception' is neither ema, raw nor NAME=FILE"),
     ],
@@ -168,7 +168,8 @@ def test_what_guides_nothing_is_refused(checkpoints: dict[str, str], option: lis
     assert (result.exit_code, "guidance" in result.stderr, "leave" in result.stderr) == (2, True, True)
 
 
-def test_a_solver(checkpoints: dict[str, str]) -> None:
-    words = ("--nfe", "2,4", "--solver", "ddim", "--metrics", "fd_digits", "--json")
+def test_solvers(checkpoints: dict[str, str]) -> None:
+    words = ("--nfe", "2,4", "--solver", "ddim", "--solver", "unipc", "--metrics", "fd_digits", "--json")
     swept = json.loads(run("sweep", checkpoints["teacher"], *words).stdout)["results"]
-    assert [(one["sampler"]["solver"], one["sampler"]["nfe"]) for one in swept] == [("ddim", 2), ("ddim", 4)]
+    samplers = [(one["sampler"]["solver"], one["sampler"]["nfe"]) for one in swept]
+    assert samplers == [("ddim", 2), ("ddim", 4), ("unipc", 2), ("unipc", 4)]

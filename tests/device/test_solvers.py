@@ -15,6 +15,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddim": ("teacher", "vp", {"solver": "ddim", "nfe": 4}),
     "dpm-solver-2s": ("teacher", "ve", {"solver": "dpm-solver-2s", "nfe": 7}),
     "dpm-solver++2m": ("teacher", "consistency", {"solver": "dpm-solver++2m", "nfe": 4}),
+    "ipndm": ("teacher", "edm", {"solver": "ipndm", "nfe": 5}),
+    "unipc": ("teacher", "edm", {"solver": "unipc", "nfe": 5}),
     "guidance": ("teacher", "edm", {"nfe": 5, "guidance": 2.0, "force_guidance": True}),
     "gamma": ("generator", "edm", {"nfe": 4, "gamma": 0.5}),
     "guided generator": ("guided", "edm", {"nfe": 2, "guidance": 2.0}),

@@ -30,7 +30,7 @@ EMPTY_ENTRIES = (
     [
         (f"{SAMPLE} --churn-min 1", "need churn, which is 0: raise it, or leave them out"),
         (f"{SAMPLE} --churn-noise 1.01", "need churn, which is 0"),
-        (f"{SAMPLE} --nfe 5 --t 80", "1 sampling time cannot make 5 network evaluations, one each: leave out one"),
+        (f"{SAMPLE} --nfe 5 --t 80", "1 noise level cannot make 5 network evaluations, but 1: leave out one"),
         (
             f"{SAMPLE} --reject 0.5 --classifier digits --seeds 4294967295 --class 1",
             "rejection needs 1 seed after 4294967295, but seeds end at 4294967295: use lower seeds",

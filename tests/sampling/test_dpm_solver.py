@@ -1,4 +1,4 @@
-"""DDIM and the DPM-Solvers: their order, their TrigFlow forms, and Heun's method as one of them."""
+"""Solvers beside Heun's method: their order, their TrigFlow forms, and Heun's method as one of them."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,14 +13,16 @@ from toy_denoisers import SIGMA_DATA, ToyDenoiser, curved, gaussian
 from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
 from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, edm_sampler
+from edmdistill.sampling.multistep import ipndm_sampler, unipc_sampler
 from edmdistill.trigflow import ddim_step, denoised, sigma_to_time
 
+SAMPLERS = [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m, ipndm_sampler, unipc_sampler]
 NOISE = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
     ("sampler", "order", "calls"),
-    [(ddim_sampler, 1, 1), (dpm_solver_2s, 2, 2), (dpm_solver_pp_2m, 2, 1)],
+    [(ddim_sampler, 1, 1), (dpm_solver_2s, 2, 2), (dpm_solver_pp_2m, 2, 1), (ipndm_sampler, 2, 1)],
 )
 def test_order(sampler: Callable[..., Tensor], order: int, calls: int) -> None:
     """Down to sigma_min the solution for Gaussian data is known; the last call sees what was reached there."""
@@ -97,7 +99,7 @@ def test_trigflow_forms(sampler: Callable[..., Tensor], step: Callable[..., Tens
     torch.testing.assert_close(x / times[-1].cos(), denoiser.images[-1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_official_samplers_are_followed(sampler: Callable[..., Tensor]) -> None:
     class Narrow(ToyDenoiser):
         sigma_min, sigma_max = 0.02, 10.0
@@ -111,7 +113,7 @@ def test_the_official_samplers_are_followed(sampler: Callable[..., Tensor]) -> N
         )
 
 
-@pytest.mark.parametrize("sampler", [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_call_has_the_labels_and_a_level_of_the_network(sampler: Callable[..., Tensor]) -> None:
     labels = torch.eye(2)
 

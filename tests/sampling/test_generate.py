@@ -73,6 +73,8 @@ CASES = {
     "ddim": (teacher, {"nfe": 4, "solver": "ddim"}),
     "dpm-solver": (teacher, {"nfe": 5, "solver": "dpm-solver-2s"}),
     "dpm-solver++": (teacher, {"nfe": 4, "solver": "dpm-solver++2m"}),
+    "ipndm": (teacher, {"nfe": 4, "solver": "ipndm"}),
+    "unipc": (teacher, {"times": [1.55, 1.4, 1.0, 0.4], "solver": "unipc"}),
 }
 
 
@@ -135,7 +137,7 @@ def test_a_solver_makes_as_many_calls_as_it_is_given(solver: str) -> None:
         calls.clear()
         sample(model, nfe, seeds=[0], solver=solver)
         assert len(calls) == build_sampler(model, SamplerSpec(nfe=nfe, solver=solver)).record.nfe
-    assert len(calls) == {"ddim": 18, "dpm-solver++2m": 18}.get(solver, 35)
+    assert len(calls) == (35 if solver in ("heun", "dpm-solver-2s") else 18)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -212,7 +214,13 @@ def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
         (generator, {"seeds": []}, "at least one seed"),
         (teacher, {"nfe": 4}, "3 or 5"),
         (teacher, {"gamma": 0.5}, "for generators"),
-        (teacher, {"times": [1.0]}, "for generators"),
+        (
+            teacher,
+            {"times": [1.5, 1.0], "nfe": 2},
+            "cannot make 2 network evaluations, but 3: leave out",
+        ),
+        (teacher, {"times": [1.57, 1.0]}, "the network's, 0.002 to 80, but these are 627.9 to 0.7787"),
+        (teacher, {"times": [1.5, 1.0, 1.0], "solver": "unipc"}, "takes two of the noise levels for one, and unipc"),
         (teacher, {"guide": teacher()}, "guidance 1"),
         (lambda: teacher(label_dim=0), {"guidance": 2.0}, "name a guide"),
         (teacher, {"guidance": 2.0, "guide": teacher(channels=3)}, "img_channels is 3"),

@@ -40,7 +40,6 @@ def test_steps_and_evaluations_are_each_others_inverse(name: str) -> None:
         ({"force_guidance": True, "guidance": 1.0}, "leave it out"),
         ({"churn": Churn(sigma_min=1.0)}, "need churn, which is 0"),
         ({"churn": (1.0, 5.0, 2.0)}, "sigma_min 5 is above its sigma_max 2"),
-        ({"times": [1.5], "nfe": 3}, "1 sampling time cannot make 3 network evaluations"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options: dict[str, object], message: str) -> None:
