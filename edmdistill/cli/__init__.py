@@ -173,6 +173,7 @@ class MainGroup(LazyGroup):
             failure.exit_code = error.exit_code  # type: ignore[misc]  # a class variable to click's stubs
             raise failure from error
         except (OSError, RuntimeError) as error:
+            _forget_refused_output()
             if (sentence := _refusal(error)) is None:
                 raise
             if VERBOSE in ctx.meta:
@@ -181,6 +182,14 @@ class MainGroup(LazyGroup):
         except EOFError:  # a bug, of which click would say no more than "Aborted!"
             traceback.print_exc()
             sys.exit(1)
+
+
+def _forget_refused_output() -> None:
+    """Drops output that cannot be written; Python 3.14 would try again at its end, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refusal(error: OSError | RuntimeError) -> str | None:
