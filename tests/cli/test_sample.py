@@ -186,9 +186,9 @@ def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_what_guides_a_network_computes_as_it_was_asked_to(runs: dict[str, Path], tmp_path: Path) -> None:
     flow, teacher = load_model(runs["teacher"]).flow, str(runs["teacher"])
-    words: dict[str, Any] = {"guide": teacher, "force_guidance": False, "solver": None}
-    one = SamplerOptions(times=None, guidance=1.5, **words).spec(flow, torch.bfloat16)
-    (swept,) = SamplerGrid(times=(), guidance=[1.5], **words).specs(flow, torch.bfloat16, [None], [None])
+    words: dict[str, Any] = {"guide": teacher, "force_guidance": False}
+    one = SamplerOptions(times=None, guidance=1.5, solver=None, **words).spec(flow, torch.bfloat16)
+    (swept,) = SamplerGrid(times=(), guidance=[1.5], solvers=(), **words).specs(flow, torch.bfloat16, [None], [None])
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     files = ReferenceFiles(image=tmp_path / "a.png", feature_net="identity", score=teacher)
     for network in (one.guide, swept.guide, files.load(flow, torch.bfloat16).score):

@@ -175,6 +175,6 @@ def test_the_score_is_read_at_equal_times(generator: Generator) -> None:
     with pytest.raises(EdmDistillError, match="guide and churn belong to a teacher's solver: name a solver too"):
         sample(generator, 7, seeds=[3], churn=Churn(5.0))
     with pytest.raises(
-        EdmDistillError, match="are for a generator's jumps, and the solver heun makes none: leave out one"
+        EdmDistillError, match="gamma is for a generator's jumps, and the solver heun makes none: leave out one"
     ):
         sample(generator, 7, seeds=[3], solver="heun", gamma=0.5)
