@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from typing import Any, TextIO, cast
 
@@ -149,10 +149,13 @@ class MainGroup(LazyGroup):
                 ctx.fail(f"{printable(text)} is not text in UTF-8, which names have to be: {advice}.")
         return super().parse_args(ctx, args)
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        with _open_streams():
+            return super().main(*args, **options)
+
     @_interruptible()
     def invoke(self, ctx: click.Context) -> object:
         keep_freed_memory()
-        ctx.with_resource(_open_streams())
         try:
             _require_working_directory()
             result = super().invoke(ctx)
@@ -210,20 +213,42 @@ def _refusal(error: OSError | RuntimeError) -> str | None:
     )
 
 
-class _Printable:
-    """A text stream that escapes control characters, whoever chose them, as JSON does; lines and tabs stay."""
+class _Lasting:
+    """A text stream that outlives its reader: a pipe's other end, or a terminal. The rest is discarded."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._is_terminal = stream, stream.isatty()
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._discard(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._discard(error)
+
+    def _discard(self, error: OSError) -> None:
+        if error.errno != errno.EPIPE and not (self._is_terminal and error.errno == errno.EIO):
+            raise error
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Printable(_Lasting):
+    """Escapes control characters too, whoever chose them, as JSON does; lines and tabs stay."""
 
     def write(self, text: str) -> int:
         if not text.replace("\n", "").isprintable():
             text = "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
-        written: int = self._stream.write(text)
-        return written
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return super().write(text)
 
 
 def _escaped(character: str) -> str:
@@ -235,8 +260,9 @@ def _escaped(character: str) -> str:
 def _open_streams() -> Iterator[None]:
     """Lets no control character through standard output: names in it may be a stranger's.
 
-    A command whose standard output or error is closed (`>&-`) gets one that discards what is printed. Characters that
-    the encoding of standard output lacks are escaped, as they are on standard error anyway.
+    A command whose standard output or error is closed (`>&-`), or loses its reader (`| head`, or a `| tee` that Ctrl-C
+    ends as well), does its work, and what it prints is discarded. Characters that the encoding of standard output lacks
+    are escaped, as they are on standard error anyway.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -245,7 +271,8 @@ def _open_streams() -> Iterator[None]:
         try:
             for name in closed:
                 setattr(sys, name, nowhere)
-            with redirect_stdout(cast(TextIO, _Printable(sys.stdout))):
+            out, err = cast(TextIO, _Printable(sys.stdout)), cast(TextIO, _Lasting(sys.stderr))
+            with redirect_stdout(out), redirect_stderr(err):
                 yield
         finally:
             for name in closed:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, instead of an exception in the middle of a step."""
+"""Ctrl-C, SIGTERM and a closed terminal as a request to stop, instead of an exception in the middle of a step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+REQUESTS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 ECHO = 0.5
 """Seconds within which a second signal is an echo of the first: some services signal a process and its launcher."""
 
 
 @contextmanager
 def stop_on_signal(on_message: Callable[[str], object]) -> Iterator[threading.Event]:
-    """Yields an event that the first SIGINT or SIGTERM sets. A second one has its usual effect.
+    """Yields an event that the first of REQUESTS sets. A second one has its usual effect; one that is ignored stays so.
 
     Args:
         on_message: gets the sentence for the user.
@@ -37,7 +38,8 @@ def stop_on_signal(on_message: Callable[[str], object]) -> Iterator[threading.Ev
             signal.signal(number, usual[signal.Signals(number)])
             signal.raise_signal(number)
 
-    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in REQUESTS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's, a script's `&`
+    usual = {number: signal.signal(number, ask) for number in heard}
     try:
         yield stop
     finally:

@@ -30,6 +30,7 @@ from edmdistill.data.latents import draw_latents, latent_noise
 from edmdistill.data.order import indices
 from edmdistill.errors import TrainingError
 from edmdistill.machine.launch import imports_from_working_directory
+from edmdistill.machine.signals import REQUESTS
 from edmdistill.methods.base import Batch
 from edmdistill.threads import in_order
 from edmdistill.transfer import to_device
@@ -136,7 +137,7 @@ def _workers(count: int, reader: Reader) -> Iterator[ProcessPoolExecutor]:
     # their first moment: this process alone decides what an interrupted run still does.
     with _safe_path():
         resource_tracker.ensure_running()  # the server needs it, and starting it unblocks signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
         try:
             forkserver.ensure_running()
         finally:

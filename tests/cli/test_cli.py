@@ -85,6 +85,43 @@ def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     main(["recipes", "validate", "cosim/digits"], standalone_mode=False)
 
 
+@pytest.mark.parametrize("pair", [os.pipe, os.openpty])
+def test_a_reader_that_leaves_ends_no_work(run, pair: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
+    """As `| head` does, `| tee` at a Ctrl-C that is for the command, and a terminal that is closed."""
+    ours, theirs = pair()
+    done: list[str] = []
+
+    def body() -> None:
+        os.close(ours)
+        with progress_bar(total=2, delay=0, mininterval=0) as bar:
+            for _ in range(2):
+                click.echo("a result")
+                say("a remark")
+                bar.update()
+        done.append("all")
+
+    with open(theirs, "w") as stream:
+        run(lambda: None)  # sets the command
+        monkeypatch.setattr(sys.modules["edmdistill.cli.inspect"], "command", click.command()(body))
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        main(["inspect"], standalone_mode=False)
+    assert done == ["all"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipes", "list"], ["inspect", "nowhere"]])
+def test_a_reader_that_has_left_changes_no_exit_code(words: list[str]):
+    """Nor adds Python's own words on streams that it cannot flush."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "w") as closed:
+        half = subprocess.run([sys.executable, "-m", "edmdistill", *words], stdout=closed, stderr=subprocess.PIPE)
+        none = subprocess.run([sys.executable, "-m", "edmdistill", *words], stdout=closed, stderr=closed)
+    whole = python("-m", "edmdistill", *words)
+    assert half.returncode == none.returncode == whole.returncode
+    assert half.stderr.decode() == whole.stderr
+
+
 def test_what_an_encoding_lacks_is_escaped(run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(lambda: click.echo("\N{SNOWMAN} ä"))  # sets the command
     written = io.BytesIO()

@@ -137,7 +137,7 @@ def test_workers_leave_signals_to_the_main_process(images: Dataset) -> None:
         batches = two.batches(endless())
         next(batches)
         workers = multiprocessing.active_children()
-        for worker, number in itertools.product(workers, [signal.SIGINT, signal.SIGTERM]):
+        for worker, number in itertools.product(workers, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]):
             os.kill(worker.pid, number)
         for start in range(4, 200, 4):
             assert torch.equal(next(batches).x0, stream(images).read(start, start + 4).x0)
