@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +57,8 @@ class ConversionReport(NamedTuple):
         if network.arguments.get("positional_time"):
             lines += [
                 "It is another function than its source. To train it on, and to see whether it is as good again:",
-                f"  edmdistill train diffusion {self.path} --data DATA --recipe RECIPE --run-dir RUN",
-                f"  edmdistill loss RUN {source} --data DATA",
+                f"  edmdistill train diffusion {shlex.quote(str(self.path))} --data DATA --recipe RECIPE --run-dir RUN",
+                f"  edmdistill loss RUN {shlex.quote(source)} --data DATA",
             ]
         return "\n".join(lines)
 

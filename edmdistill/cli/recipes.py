@@ -1,5 +1,6 @@
 """`edmdistill recipes`: list, show, copy and check recipes."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -69,7 +70,7 @@ def copy(name: str, file: Path, overwrite: bool) -> None:
     from edmdistill.recipes.library import copy_recipe
 
     written = copy_recipe(name, file, overwrite=overwrite)
-    click.echo(f"{file} is written; `--recipe {written}` trains with it.")
+    click.echo(f"{file} is written; `--recipe {shlex.quote(str(written))}` trains with it.")
 
 
 @command.command()

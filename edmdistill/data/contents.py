@@ -94,7 +94,8 @@ def read_contents(files: Files) -> Contents:
         dataset.json broken, incomplete or ambiguous; see `read_labels`.
     """
     path = files.path
-    images, documents, left_out = sort_files(files, (*IMAGE_SUFFIXES, LATENT_SUFFIX), UNREAD_SUFFIXES)
+    advice = "convert them to PNG, as `edmdistill data prepare` does with most"
+    images, documents, left_out = sort_files(files, (*IMAGE_SUFFIXES, LATENT_SUFFIX), UNREAD_SUFFIXES, advice)
     if not images:
         instead = f" (left out: {summarize(left_out)})" if left_out else ""
         raise DatasetError(
@@ -114,12 +115,13 @@ def read_contents(files: Files) -> Contents:
 
 
 def sort_files(
-    files: Files, suffixes: tuple[str, ...], refused: tuple[str, ...]
+    files: Files, suffixes: tuple[str, ...], refused: tuple[str, ...], advice: str = "convert them to PNG"
 ) -> tuple[list[Member], list[Member], dict[str, str]]:
     """Returns the images by name, the dataset.json files, and the reason why each other file is left out.
 
     Args:
         suffixes, refused: of images that are read, and of those that are not.
+        advice: on these.
     Raises: DatasetError: an image of a kind that is not read.
     """
     members = sorted(files.members(), key=lambda member: member.name)
@@ -144,8 +146,8 @@ def sort_files(
     if unread:
         count = f"{len(unread):,} images in formats that are" if len(unread) > 1 else "an image in a format that is"
         raise DatasetError(
-            f"{files.path} holds {count} not supported, the first {printable(unread[0])}; convert them to PNG, or move "
-            "them elsewhere"
+            f"{files.path} holds {count} not supported, the first {printable(unread[0])}; {advice}, or move them "
+            "elsewhere"
         )
     return images, documents, left_out
 

@@ -276,7 +276,8 @@ class Dataset:
             first = self._read(0)
             raise DatasetError(
                 f"{self.name}: {self.files[i]} is {_size(image)}, but {self.files[0]} is {_size(first)}; "
-                "all images must have one size and number of channels: resize or convert them"
+                "all images must have one size and number of channels: `edmdistill data prepare` makes them RGB, and "
+                "of one size with --resolution"
             )
         return image
 

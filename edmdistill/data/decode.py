@@ -78,7 +78,10 @@ def decode_image(
             deep = image.format == "PNG" and data[24:25] == b"\x10"  # Pillow silently cuts RGB of 16 bits to 8
             if deep or image.mode not in ("L", "RGB"):
                 kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")
-                raise DatasetError(f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB")
+                how = "" if kind in (MODES["I"], MODES["F"]) else ", as `edmdistill data prepare` does"
+                raise DatasetError(
+                    f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB{how}"
+                )
             with as_dataset_error(lambda why: f"{where} is not a readable image ({why}); replace or remove it"):
                 pixels = np.asarray(image)
                 if is_turned(image):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -70,9 +71,8 @@ def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[R
     for source in map(Path, sources):
         results = load_results(source) if source.is_dir() else read_results([source])
         if not results:
-            raise EdmDistillError(
-                f"{source} holds no results: measure it with edmdistill eval {source} --protocol NAME --save"
-            )
+            command = f"edmdistill eval {shlex.quote(str(source))} --protocol NAME --save"
+            raise EdmDistillError(f"{source} holds no results: measure it with `{command}`")
         if wanted is not None:
             held = sorted({str(result.protocol.seeds) for result in results})
             results = [result for result in results if result.protocol.seeds == wanted]

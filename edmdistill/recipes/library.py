@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -143,7 +144,7 @@ class RecipeSource(NamedTuple):
 
     def text_with_command(self, sets: Sequence[str]) -> str:
         """Returns the file's text below a comment with the options that the recipe was loaded by."""
-        overrides = "".join(f"\n#   --set {override}" for override in sets)
+        overrides = "".join(f"\n#   --set {shlex.quote(override)}" for override in sets)
         return f"# Trained by --recipe {self.name}{overrides}\n\n{self.text}"
 
 
@@ -275,7 +276,9 @@ def _parse_override(override: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError:
         parsed = {"value": text.strip()}
         if not re.fullmatch(r"([A-Za-z_]|\.{0,2}/)[\w./-]*", text.strip()):
-            raise RecipeError(f"--set {override}: {text!r} is not a TOML value; put strings in quotes") from None
+            raise RecipeError(
+                f"--set {override}: {text!r} is not a TOML value; put strings in quotes, and lists in brackets"
+            ) from None
     if list(parsed) != ["value"]:
         raise RecipeError(f"--set {override}: one value only")
     value = parsed["value"]

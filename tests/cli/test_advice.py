@@ -155,3 +155,33 @@ def test_an_error_ends_as_those_beside_it() -> None:
     every = [(path.name, *ending) for path in sorted(PACKAGE.rglob("*.py")) for ending in endings(path)]
     assert len(every) > 400
     assert [each for each in every if each[2].endswith(".") != (each[1] in ("UsageError", "BadParameter"))] == []
+
+
+OURS = {
+    "checkpoints/official_files.py": {"file.name"},
+    "checkpoints/store.py": {"vae"},
+    "cli/train.py": {"source", "nfe", "decoding", "out"},
+    "data/fit.py": {"encoder.range"},
+    "evaluation/official.py": {"preset.net", "guide", "preset.metric", "name", "published['nfe']"},
+    "evaluation/references.py": {"space.name", "options"},
+    "features/weights.py": {"name"},
+    "training/sources.py": {"name", "instead"},
+}
+"""What is put into commands that is no name of the user's, or was quoted before."""
+
+
+def put_into_commands(path: Path) -> Iterator[str]:
+    """The expressions whose values a file's texts put into commands of ours, up to the end of the command."""
+    command = re.compile(rf"edmdistill (?:{'|'.join(main.list_commands(None))}) (?:\0[^\0]*\0|[^`;\n\0])*")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(part.value if is_text(part) else f"\0{ast.unparse(part.value)}\0" for part in node.values)
+            for match in command.finditer(text):
+                yield from re.findall(r"\0(.*?)\0", match[0])
+
+
+def test_a_command_that_is_printed_runs_whatever_names_hold() -> None:
+    """Spaces, as in `edmdistill loss RUN 'my teacher' --data DATA`."""
+    found = {str(path.relative_to(PACKAGE)): set(put_into_commands(path)) for path in sorted(PACKAGE.rglob("*.py"))}
+    plain = {file: {each for each in put if not each.startswith("shlex.quote(")} for file, put in found.items()}
+    assert {file: put for file, put in plain.items() if put} == OURS

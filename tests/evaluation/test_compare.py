@@ -189,7 +189,7 @@ def test_a_run_that_was_measured_in_two_ways_is_compared_by_its_files(tmp_path: 
 
 def test_a_source_without_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert "run holds no results: measure it with edmdistill eval" in run(tmp_path / "run").stderr
+    assert "run holds no results: measure it with `edmdistill eval" in run(tmp_path / "run").stderr
     assert "absent.json holds no results" in run(tmp_path / "absent.json").stderr
 
 

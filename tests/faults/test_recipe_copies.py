@@ -26,7 +26,7 @@ def test_a_copy_validates_and_computes_the_same(file: RecipeFile, tmp_path: Path
     result = CliRunner().invoke(main, ["recipes", "copy", file.names[0], str(copy)])
     assert result.exit_code == 0, result.output
     (called,) = re.findall(r"`--recipe (.*)` trains with it", result.stdout)
-    assert CliRunner().invoke(main, ["recipes", "validate", called]).exit_code == 0
+    assert CliRunner().invoke(main, ["recipes", "validate", *shlex.split(called)]).exit_code == 0
     for name in file.names:
         assert load_recipe(str(copy.with_name(f"mine{name.removeprefix(file.name)}.toml"))) == load_recipe(name)
     shown = CliRunner().invoke(main, ["recipes", "show", file.names[0]]).stdout

@@ -51,12 +51,15 @@ OTHERS = {
     "empty": (b"", r"is not a readable image \(an empty file\)"),
     "noise": (bytes(range(200)), r"is not a readable image \(none of PNG, BMP, WEBP, JPEG\)"),
     "cut": (saved(RGB, "PNG")[:90], "is not a readable image"),
-    "bits": (saved(RGB.convert("1"), "PNG"), r"has mode 1 \(black and white, one bit a pixel\); convert it"),
+    "bits": (
+        saved(RGB.convert("1"), "PNG"),
+        r"has mode 1 \(black and white, one bit a pixel\); convert it .*, as `edmdistill data prepare` does$",
+    ),
     "palette": (saved(RGB.convert("P"), "PNG"), r"has mode P \(colors from a palette\); convert"),
     "alpha": (saved(RGB.convert("RGBA"), "PNG"), r"has mode RGBA \(transparency\); convert"),
     "gray alpha": (saved(RGB.convert("LA"), "PNG"), r"has mode LA \(transparency\)"),
     "print": (saved(RGB.convert("CMYK"), "JPEG"), r"has mode CMYK \(colors for print\)"),
-    "16 bits": (deep(0), r"has mode I;16.* \(more than 8 bits a channel\)"),
+    "16 bits": (deep(0), r"has mode I;16.* \(more than 8 bits a channel\); .* or RGB$"),
     "16 bits RGB": (deep(2), r"has mode RGB \(more than 8 bits a channel\)"),
     "wide": (saved(RGB.resize((8, 4)), "PNG"), r"0\.png is 8x4 with 3 channels, but images must be square; `edmd"),
 }

@@ -221,6 +221,7 @@ def test_the_last_set_wins():
         ("training.images=10", "images = 10 is less than one batch of 12"),
         ("training.dropout=1.0", "training.dropout = 1.0 must be below 1"),
         ("training.dropout_max_resolution=16", "set dropout too"),
+        ("training.betas=0.9,0.99", "'0.9,0.99' is not a TOML value; put strings in quotes, and lists in brackets"),
         ("training.betas=[0.9]", "training.betas = [0.9] must be a list of 2 values"),
         ("training.lr_decay=inverse_sqrt", "decay_images go together"),
         ("training.decay_images=5", "decay_images go together"),
