@@ -95,13 +95,17 @@ def test_the_minimum_is_the_solvers_map(
     assert (slopes_off > 0.5 / len(slopes)).all()
 
 
-def test_each_step_counts_equally() -> None:
+def test_each_step_counts_equally_and_monitors_see_the_last() -> None:
     config = KDConfig(trajectory_steps=6, levels=LEVELS)
+    images = []
     for level in range(3):
         off = tuple(0.3 * (step == level) for step in range(3))
         networks = {"teacher": teacher, "generator": Solution(config, off)}
-        value = KD(config, networks, NOISE).regression_loss(batch(), Draws(0, ROWS)).value
-        torch.testing.assert_close(value, torch.full_like(value, 0.09 / 3))
+        loss = KD(config, networks, NOISE).regression_loss(batch(), Draws(0, ROWS))
+        torch.testing.assert_close(loss.value, torch.full_like(loss.value, 0.09 / 3))
+        images.append(loss.generated)
+    torch.testing.assert_close(images[0], images[1])
+    torch.testing.assert_close(images[2], images[0] + 0.3)
 
 
 def test_the_target_is_the_image_of_sample() -> None:
