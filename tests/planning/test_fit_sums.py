@@ -126,6 +126,13 @@ def test_a_micro_batch_holds_whole_groups(planned: list[int], monkeypatch: pytes
     found = fit(recipe, None, Machine(), memory, BUSY, spill=False)  # type: ignore[arg-type]
     assert (found.machine, found.peak) == (Machine(micro_batch=24), 1500 + 100 * 24)
 
+    # 3 groups on 2 processes: where one has two of them and the other one, there is no second pass.
+    recipe = load_recipe("imm/digits", "imm", ["training.batch=12", "method.particles=4"])
+    memory = [(room + 0.5) / (1 - HEADROOM) for room in (1300 + 50 * 4, 1200 + 50 * 8)]
+    with pytest.raises(TrainingError, match="not even 4 images fit"):
+        fit(recipe, None, Machine(), memory[0], BUSY, processes=2, spill=False)  # type: ignore[arg-type]
+    assert fit(recipe, None, Machine(), memory[1], BUSY, processes=2, spill=False).machine.micro_batch == 8  # type: ignore[arg-type]
+
 
 def test_what_the_leanest_way_takes_is_said(planned: list[int]) -> None:
     with pytest.raises(TrainingError, match=r"not even one image fits in .*: the leanest way takes 1\.35e-06 GB"):

@@ -176,6 +176,25 @@ def test_errors_are_as_small_as_stated(beta2):
     assert 0.8 < error.std() * math.sqrt(1 - beta2**2) / STATED < 1.1
 
 
+def test_roundings_differ_by_seed_chunk_and_step(monkeypatch):
+    monkeypatch.setattr(adam, "CHUNK", 64)
+
+    def moments(seed, steps=1):
+        parameters = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        optimizer = make_optimizer(parameters, training(seed=seed, betas=(0.0, 0.99)), second_moment="bf16")
+        load_states(
+            optimizer, {i: {"step": torch.tensor(steps - 1.0), "exp_avg_sq": torch.zeros(64)} for i in range(2)}
+        )
+        for parameter in parameters:
+            parameter.grad = torch.full((64,), 0.3)
+        optimizer.step()
+        return [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
+
+    one, chunk = moments(0)
+    assert one.equal(moments(0)[0])
+    assert not any(one.equal(other) for other in (chunk, moments(1)[0], moments(0, steps=2)[0]))
+
+
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_a_rounded_moment_resumes_bit_for_bit(beta1, monkeypatch):
     """In chunks, and in another layout; torch's own states are taken too."""

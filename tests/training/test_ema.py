@@ -12,8 +12,9 @@ from edmdistill.cli import main
 from edmdistill.errors import RecipeError
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
+from edmdistill.training import ema as ema_module
 from edmdistill.training import session
-from edmdistill.training.ema import Ema, HalfLife, PowerFunction, profiles
+from edmdistill.training.ema import Ema, HalfLife, PowerFunction, profiles, update_average
 from edmdistill.training.session import train
 
 
@@ -62,6 +63,22 @@ def test_buffers_are_copied_and_the_network_is_left_alone():
     assert network.training
     assert all(p.requires_grad for p in network.parameters())
     assert not any(p.requires_grad for p in ema.network.parameters())
+
+
+def test_tensors_that_come_down_one_at_a_time_go_where_all_at_once_do(monkeypatch):
+    """Weights and buffers, as from a GPU whose tensors fill the staging memory."""
+    network, averages = nn.BatchNorm1d(2), []
+    nn.init.constant_(network.weight, 5.0)
+    network(torch.arange(16.0).reshape(8, 2))
+    for pieces in (False, True):
+        if pieces:
+            monkeypatch.setattr(ema_module, "staged", lambda tensors: ((i, [one]) for i, one in enumerate(tensors)))
+        averages.append(nn.BatchNorm1d(2))
+        update_average(averages[-1], network, 0.25)
+    whole, one_by_one = (average.state_dict() for average in averages)
+    assert all(torch.equal(one_by_one[name], tensor) for name, tensor in whole.items())
+    assert whole["weight"].tolist() == [4, 4]
+    assert whole["running_mean"].equal(network.running_mean)
 
 
 def test_the_official_traces(golden):

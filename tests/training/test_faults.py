@@ -40,7 +40,9 @@ def what_it_left(run_dir: Path) -> dict[str, object]:
             lines = map(json.loads, file.read_text().splitlines())
             found[name] = [{k: v for k, v in line.items() if "second" not in k and k != "memory"} for line in lines]
         elif file.name == "progress.json":
-            found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "window"}
+            progress = json.loads(file.read_text())
+            progress["window"] = {k: v for k, v in progress["window"].items() if k not in ("seconds", "before")}
+            found[name] = progress
         elif file.is_file() and file.name != ".lock":
             found[name] = file.read_bytes()
         elif file.is_dir():

@@ -149,6 +149,21 @@ def test_gradient_clipping_bounds_the_step(start):
     assert 0 < steps[1] <= 1e-2 * 1e-3 < steps[0]
 
 
+def test_clipping_leaves_smaller_gradients_as_they_are(start):
+    unclipped, clipped = (start("diffusion", eps=1.0, grad_clip=clip, images=16) for clip in (None, 1e6))
+    assert list(rounds(clipped)) == list(rounds(unclipped))
+    assert fingerprints(clipped.networks) == fingerprints(unclipped.networks)
+
+
+@pytest.mark.parametrize("method", ["sid", "ctm"])  # the latter takes its turn's gradients beforehand, too
+def test_micro_batches_count_by_their_rows(method, start):
+    """Of 2, 3 and 3 rows: loss, gradients and their balance are those of the whole batch."""
+    whole, parts = (next(rounds(start(method, Machine("cpu", size), images=8))) for size in (None, 3))
+    assert parts.keys() == whole.keys()
+    del whole["diversity"], parts["diversity"]  # of a micro-batch
+    assert parts == pytest.approx(whole, rel=1e-3)
+
+
 def test_learning_rates():
     def training(**values):
         return TrainingTable(images=1000, batch=10, lr=2.0, log_every=1, snapshot_every=1, **values)

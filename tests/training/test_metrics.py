@@ -129,7 +129,7 @@ def test_means_over_the_rounds_since_the_last_line() -> None:
 
 def test_speed_and_time_are_those_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time since the run began, and images a second since the last line."""
-    clock = iter((10.0, 12.0, 15.0, 16.0))
+    clock = iter((10.0, 12.0, 15.0, 16.0, 20.0))
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     window = IntervalMeans()
     window.add({})
@@ -138,6 +138,9 @@ def test_speed_and_time_are_those_of_the_rounds(monkeypatch: pytest.MonkeyPatch)
     window.begin()
     window.add({})
     assert window.line(96, 32) == {"images": 96, "step": 3, "seconds": 6.0, "images_per_second": 32.0}
+    window.begin()
+    window.add({})
+    assert window.line(128, 32) == {"images": 128, "step": 4, "seconds": 10.0, "images_per_second": 8.0}
 
 
 def test_a_window_goes_on_from_its_progress() -> None:
