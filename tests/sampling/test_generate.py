@@ -129,6 +129,16 @@ def test_a_teacher_goes_through_heun() -> None:
     assert len(calls) == 63
 
 
+def test_the_record_has_the_churn_in_numbers_that_json_has() -> None:
+    model = teacher()
+    for churn, recorded in (
+        (Churn(40, 0.05, 50, 1.003), (40, 0.05, 50, 1.003)),
+        (Churn(3), (3, 0, model.sigma_max, 1)),
+        (Churn(), None),
+    ):
+        assert build_sampler(model, SamplerSpec(churn=churn)).record.churn == recorded
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_solver_makes_as_many_calls_as_it_is_given(solver: str) -> None:
     model, calls = teacher("song"), []

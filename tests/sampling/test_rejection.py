@@ -56,6 +56,7 @@ def test_exactly_as_many_of_each_class_and_the_best(asked: list[int], ratio: flo
         assert len(pool) >= n / (1 - ratio) - 1e-6
         own = [seed for seed, c in zip(kept, asked, strict=True) if c == number]
         assert sorted(map(luck, own)) == sorted(map(luck, pool))[-n:]
+        assert own == [seed for seed in pool if seed in own]
 
 
 def test_no_rejection_is_plain_sampling() -> None:
