@@ -225,6 +225,10 @@ def test_what_may_not_be_replaced_stays(tmp_path: Path):
         new.mkdir()
     assert read(tmp_path / "place") == ["old", "old"]
     assert os.listdir(tmp_path) == ["place"]
+    (tmp_path / "empty").mkdir()
+    with atomic_write(tmp_path / "empty", replace=False) as new:  # there is nothing to lose
+        write_folder(new, "new")
+    assert read(tmp_path / "empty") == ["new", "new"]
 
 
 def test_a_device_or_a_pipe_is_refused_in_a_sentence(tmp_path: Path):

@@ -19,6 +19,7 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.adapt import with_positional_time
 from edmdistill.recipes.schema import Recipe
+from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 from edmdistill.training.roles import set_dropout
 from edmdistill.training.run import Run
@@ -44,6 +45,16 @@ def test_each_role_is_checked_once_however_many_turns_it_has(start):
     run = start("dmd2")
     assert [turn.role for turn in run.method.turns()] == ["auxiliary", "auxiliary", "generator"]
     assert run.unchecked == ["auxiliary", "generator"]
+
+
+def test_roles_whose_turns_begin_later_are_checked_later(recipe, teacher):
+    """A generator that learns alone at first is not left unchecked for its adversary, whose turn comes before."""
+    tables = json.loads(recipe("ctm").to_json())
+    tables["method"] |= {"gan_warmup_images": 8}
+    run = prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits", teacher=teacher, machine=Machine("cpu"))
+    assert [turn.role for turn in run.method.turns()] == ["discriminator", "generator"]
+    left = [list(run.unchecked), *(list(run.unchecked) for _ in rounds(run))]
+    assert left[:3] == [["generator", "discriminator"], ["discriminator"], []]
 
 
 def test_no_memory_is_shared_between_roles(start):
