@@ -1,5 +1,6 @@
-"""Grids of samples."""
+"""Grids of samples, and of the networks of a run."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,3 +35,25 @@ def test_a_grid_does_not_pass_as_data(start: Callable[..., Run], tmp_path: Path)
         save(run, tmp_path / save.__name__, pytest.fail)
         with pytest.raises(DatasetError, match="is a grid of edmdistill, which shows many images"):
             open_dataset(tmp_path / save.__name__)
+
+
+@pytest.mark.parametrize(
+    ("method", "role", "second"), [("fmd", "generator", 0), ("cosim", "auxiliary", math.atan(160))]
+)
+def test_networks_of_two_times_are_compared_at_their_own(
+    method: str, role: str, second: float, start: Callable[..., Run], tmp_path: Path
+):
+    """A generator's jumps lead to the data, and an auxiliary score is of jumps from noise."""
+    run, seen = start(method), list[float]()
+    run.networks[role].register_forward_pre_hook(lambda network, inputs: seen.append(float(inputs[3])))
+    snapshot.save_role_grid(run, tmp_path, pytest.fail)
+    assert seen == [pytest.approx(second)] * len(snapshot.GRID_SIGMAS)
+
+
+def test_rows_of_networks_that_are_not_finite_are_named(start: Callable[..., Run], tmp_path: Path):
+    run, heard = start("sid"), list[str]()
+    with torch.no_grad():
+        run.networks["auxiliary"].network.out_gain.fill_(math.nan)
+    snapshot.save_role_grid(run, tmp_path, heard.append)
+    sentence = f"10 of 10 images in row auxiliary are not finite, and left white in {tmp_path / '000000000.png'}."
+    assert heard == [sentence] * len(snapshot.GRID_SIGMAS)
