@@ -131,6 +131,25 @@ def test_a_diagnosis_that_is_not_finite_is_told_and_leaves_the_rest(
     assert not any(name.startswith(DIAGNOSED) for name in last)
 
 
+def test_steps_whose_samples_are_not_finite_are_told_and_others_are_not_the_best_for_them(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some(*args: Any, sampler: SamplerSpec, **options: Any) -> object:
+        if sampler.nfe == 1:
+            raise NotFiniteError("3 of 20 images are not finite")
+        return evaluate(*args, sampler=sampler, **options)
+
+    monkeypatch.setattr(measure, "evaluate", some)
+    said: list[str] = []
+    run = measured(start, replace(TABLE, diagnose=False))
+    assert train(run, tmp_path / "run", on_message=said.append).finished
+    assert "Not measured after 24 images: 3 of 20 images are not finite." in said
+    last = lines(tmp_path / "run")[-1]
+    assert KEY not in last
+    assert KEY.replace("1 NFE", "2 NFE") in last
+    assert not (tmp_path / "run" / "best").exists()
+
+
 def test_a_teacher_in_training_is_not_diagnosed(start: Callable[..., Run]) -> None:
     run = start("diffusion")
     run.recipe = replace(run.recipe, evaluation=TABLE)
