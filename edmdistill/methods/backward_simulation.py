@@ -15,6 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.errors import EdmDistillError
 from edmdistill.methods.base import Batch, FlowFunction, NoiseRange
 from edmdistill.methods.noising import initial_noise, noised, one_step, time_of_rows
 from edmdistill.trigflow import denoised
@@ -28,6 +29,19 @@ def require_descending(levels: Sequence[float]) -> None:
     """Raises: ValueError: the levels of a generator's steps do not decrease."""
     if list(levels) != sorted(set(levels), reverse=True):
         raise ValueError(f"levels = {list(levels)} must decrease: each step starts below the one before")
+
+
+def step_levels(levels: Sequence[float], noise: NoiseRange) -> tuple[float, ...]:
+    """Returns the noise levels of all steps, the first from sigma_max.
+
+    Raises: EdmDistillError: the first one's is among those of the later ones.
+    """
+    if levels and levels[0] >= noise.sigma_max:
+        raise EdmDistillError(
+            f"method.levels = {list(levels)} begins at {noise.sigma_max:g}, where the first step starts: they are "
+            "those of the later steps, so leave it out"
+        )
+    return noise.sigma_max, *levels
 
 
 def of_one_step(

@@ -26,6 +26,7 @@ from edmdistill.methods.backward_simulation import (
     of_noisy_data,
     of_one_step,
     require_descending,
+    step_levels,
 )
 from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Sampling, Turn
 from edmdistill.methods.distances import l2
@@ -72,7 +73,7 @@ class DMD2(ScoreDistillation[DMD2Config]):
 
     @classmethod
     def schedule(cls, config: DMD2Config, noise: NoiseRange) -> tuple[float, ...]:
-        return noise.sigma_max, *config.levels
+        return step_levels(config.levels, noise)
 
     def generator_turns(self) -> tuple[Turn, ...]:
         preview = None if self.config.f_divergence == "reverse-kl" else self.density_ratios

@@ -21,8 +21,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.errors import EdmDistillError
-from edmdistill.methods.backward_simulation import StepLevels, require_descending
+from edmdistill.methods.backward_simulation import StepLevels, require_descending, step_levels
 from edmdistill.methods.base import Batch, Loss, NoiseRange, Role, Sampling, Turn, with_inputs
 from edmdistill.methods.distances import Distance, PerceptionFile, check_distance, distance_of, perception_roles
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
@@ -59,11 +58,6 @@ class KD(GuidedMethod[KDConfig]):
 
     def __init__(self, config: KDConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
-        if config.levels and config.levels[0] >= noise.sigma_max:
-            raise EdmDistillError(
-                f"method.levels = {list(config.levels)} begins at {noise.sigma_max:g}, where the first step starts: "
-                "they are those of the later steps, so leave it out"
-            )
         self.generator, self.distance = networks["generator"], distance_of(config, networks)
         sigmas, self.starts = curve_through(config.levels, config.trajectory_steps, noise.sigma_min, noise.sigma_max)
         self.times = Constant(sigma_to_time(sigmas, noise.sigma_data))
@@ -78,7 +72,7 @@ class KD(GuidedMethod[KDConfig]):
 
     @classmethod
     def schedule(cls, config: KDConfig, noise: NoiseRange) -> tuple[float, ...]:
-        return noise.sigma_max, *config.levels
+        return step_levels(config.levels, noise)
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.regression_loss),)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
-from edmdistill.methods.backward_simulation import StepLevels, of_noisy_data, require_descending
+from edmdistill.methods.backward_simulation import StepLevels, of_noisy_data, require_descending, step_levels
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Sampling, Turn
 from edmdistill.methods.gan_losses import GAN_LOSSES, gan_signals
 from edmdistill.networks.heads import make_head
@@ -75,7 +75,7 @@ class LADD(Method[LADDConfig]):
 
     @classmethod
     def schedule(cls, config: LADDConfig, noise: NoiseRange) -> tuple[float, ...]:
-        return noise.sigma_max, *config.levels
+        return step_levels(config.levels, noise)
 
     def __init__(self, config: LADDConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)

@@ -9,7 +9,6 @@ from methods_toys import SIGMA_DATA, STD, over
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
-from edmdistill.errors import EdmDistillError
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.kd import KD, KDConfig
 from edmdistill.methods.solver import multistep_trajectory
@@ -186,8 +185,3 @@ def test_more_steps_than_the_trajectory_has_are_refused() -> None:
         KDConfig(levels=(0.6, 10.0))
     with pytest.raises(ValueError, match="lpips = FILE go together"):
         KDConfig(distance="lpips")
-
-
-def test_a_later_step_from_the_first_level_is_refused(tiny_networks: Make) -> None:
-    with pytest.raises(EdmDistillError, match=r"begins at 80, where the first step starts: .* leave it out"):
-        KD(KDConfig(levels=(80.0, 1.0)), tiny_networks(KD), NOISE)

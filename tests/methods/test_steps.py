@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.errors import EdmDistillError
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import NoiseRange
 from edmdistill.trigflow import denoised
@@ -52,3 +53,14 @@ def test_a_generator_learns_at_the_levels_of_its_schedule(
         if turn.role == "generator":
             torch.testing.assert_close(loss.generated, calls[-1][2].detach()[-ROWS:], rtol=0, atol=0)
             assert not loss.generated.requires_grad
+
+
+@pytest.mark.parametrize("name", ["dmd2", "ladd", "kd"])
+def test_a_later_step_from_the_first_level_is_refused(name: str, noise: NoiseRange) -> None:
+    """As of one who names the levels of all steps."""
+    kind = METHODS[name].load()
+    assert kind.schedule(kind.Config(levels=(79.0, 1.0)), noise) == (80, 79, 1)
+    with pytest.raises(
+        EdmDistillError, match=r"levels = \[80.0, 1.0\] begins at 80, where the first step starts: .* out"
+    ):
+        kind.schedule(kind.Config(levels=(80.0, 1.0)), noise)
