@@ -107,6 +107,12 @@ def test_grid(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
+@pytest.mark.parametrize("classes", [None, [0, 1, 2, 3, 3, 3]])
+def test_the_grid_of_no_class_or_of_many_is_nearly_square(classes: list[int] | None, tmp_path: Path) -> None:
+    write(tmp_path / "grid.png", torch.zeros(6, 1, 32, 32), [*range(6)], classes)
+    assert picture(tmp_path / "grid.png").shape == (2 * 34 - 2, 3 * 34 - 2)
+
+
 def test_a_grid_of_more_pixels_than_pillow_opens_is_known_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from edmdistill.sampling.grid import GAP, image_grid, named_rows, to_uint8
+from edmdistill.sampling.grid import GAP, image_grid, named_rows, thumbnails, to_uint8
 
 
 def test_to_uint8_is_the_official_rounding() -> None:
@@ -36,6 +36,13 @@ def test_grid_gives_every_class_a_row() -> None:
 def test_small_images_are_enlarged() -> None:
     assert image_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).size == (32, 32)
     assert image_grid(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).size == (64, 64)
+
+
+def test_thumbnails_are_rounded_means() -> None:
+    pixels = torch.tensor([[0, 1, 10, 10], [1, 1, 10, 11]], dtype=torch.uint8).expand(5, 3, 2, 4)
+    assert thumbnails(pixels, 2).tolist() == torch.tensor([[1, 10]]).expand(5, 3, 1, 2).tolist()
+    assert thumbnails(pixels, 3).shape == (5, 3, 1, 2)  # by a whole factor
+    assert thumbnails(pixels, 4) is pixels
 
 
 def test_rows_have_their_names_at_the_left() -> None:
