@@ -18,6 +18,7 @@ from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import EDM_SAMPLER, Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.spec import SOLVERS, SamplerSpec
+from edmdistill.sampling.trajectory import ReferenceGuidance
 from edmdistill.trigflow import denoised
 
 SEEDS = [3, 1, 4, 159, 26]
@@ -127,6 +128,15 @@ def test_a_teacher_goes_through_heun() -> None:
     teacher_of_edm2.register_forward_hook(lambda *args: calls.append(args[2]))
     sample(teacher_of_edm2, seeds=[7])
     assert len(calls) == 63
+
+
+def test_a_reference_makes_as_many_calls_as_its_record_says() -> None:
+    model, calls = teacher(), []
+    model.flow.network.register_forward_hook(lambda *_: calls.append(1))
+    reference = ReferenceGuidance(image=torch.zeros(1, 8, 8), features=lambda x: x, correctors=3)
+    sample(model, seeds=[0], times=[1.5, 1.2, 0.8], reference=reference)
+    spec = SamplerSpec(times=[1.5, 1.2, 0.8], reference=reference)
+    assert len(calls) == build_sampler(model, spec).record.nfe == 3 + 3 * 2
 
 
 def test_the_record_has_the_churn_in_numbers_that_json_has() -> None:
