@@ -50,7 +50,7 @@ NFE = (1, 2, 4, 8)
 class Contestant(NamedTuple):
     """A method, its recipe, whether it starts from the teacher that reads t, and values laid over the recipe.
 
-    after: the contestant whose generator of the same seed it starts from; each has half of the minutes.
+    after: the contestant whose generator of the same seed it starts from; all stages have equal shares of the minutes.
     """
 
     method: str
@@ -84,6 +84,7 @@ CONTESTANTS = {
     "kd": Contestant("kd", "kd/digits", adapted=False),
     "kd-two-steps": Contestant("kd", "kd/digits-two-steps", adapted=False),
     "kd-four-steps": Contestant("kd", "kd/digits-four-steps", adapted=False),
+    "pd": Contestant("pd", "pd/digits", adapted=False, sets=("method.steps=1",), after="pd-2"),
     "scd": Contestant("scd", "scd/digits", adapted=True),
     "scd-multistep": Contestant("scd", "scd/digits-multistep", adapted=True),
     "scd+vsd": Contestant("scd", "scd/digits-vsd", adapted=True),
@@ -104,6 +105,11 @@ CONTESTANTS = {
     "imm": Contestant("imm", "imm/digits", adapted=True),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }
+STAGES = {
+    f"pd-{n}": Contestant("pd", "pd/digits", False, (f"method.steps={n}",), f"pd-{2 * n}" if n < 32 else None)
+    for n in (32, 16, 8, 4, 2)
+}
+"""Those before a contestant that has its number of steps from theirs. What they reach is in its row."""
 ON_TILES: dict[str, dict[str, Any]] = {
     "cosim": {"recipe": "cosim/tiles"},
     "cosim+gan": {"recipe": "cosim/tiles"},
@@ -135,12 +141,17 @@ class Race(NamedTuple):
 
     def contestant(self, name: str) -> Contestant:
         """A contestant with what differs on this set: on tiles, EDM's curve where the recipe has digits' levels."""
-        contestant = CONTESTANTS[name]
+        contestant = (CONTESTANTS | STAGES)[name]
         if self.data != "tiles":
             return contestant
         contestant = contestant._replace(**ON_TILES.get(name, {}))
         tuned = "2" in load_recipe(contestant.recipe).sampling.sigmas
         return contestant._replace(sets=contestant.sets + ("sampling.sigmas.2=[80.0, 2.515]",) * tuned)
+
+    def stages(self, name: str) -> list[str]:
+        """The contestants that train one after the other, the named one last."""
+        after = self.contestant(name).after
+        return [*([] if after is None else self.stages(after)), name]
 
 
 class Entry(NamedTuple):
@@ -229,9 +240,9 @@ def images_per_second(race: Race, name: str, teacher: Path, seconds: float) -> f
 
 
 def trained(
-    race: Race, name: str, seed: int, teacher: Path, images: int, run: Path, before: float = 0
+    race: Race, name: str, seed: int, teacher: Path, images: int, run: Path, before: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains a contestant in a folder and measures it, or knows it already.  before: CPU-seconds of its first stage"""
+    """Trains a contestant in a folder and measures it, or knows it already.  before: what its first stage returned"""
     method, recipe, *_ = race.contestant(name)
     resolved, made_by, sets = recipe_of(race, name, images=images, seed=seed, snapshot_every=images)
     entry = Entry(run.with_suffix(".json"), made_by)
@@ -241,12 +252,13 @@ def trained(
     log, evaluation = run.with_suffix(".log"), run / "eval.json"
     shutil.rmtree(run, ignore_errors=True)
     options = "--data", race.data, "--recipe", recipe, "--run-dir", run, "--device", "cpu"
-    spent = before + cpu_seconds_of(log, "train", method, teacher, *options, *sets)
+    spent = before.get("cpu_seconds", 0) + cpu_seconds_of(log, "train", method, teacher, *options, *sets)
     nfe = [str(n) for n in (NFE if len(resolved.sampling.nfe) > 1 else resolved.sampling.nfe)]
     asked = "--protocol", race.data, "--nfe", ",".join(nfe), "--device", "cpu"
     cpu_seconds_of(log, "eval", run, *asked, "--out", evaluation)
     metrics = [result["metrics"] for result in json.loads(evaluation.read_text())["results"]]
     scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in race.metrics}
+    scores = {metric: before.get(metric, {}) | values for metric, values in scores.items()}
     values = ", ".join(f"{value:.3g} in {n}" for n, value in scores[f"fd_{race.data}"].items())
     memory = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["memory"] / 2**20
     print(f"{run.name}: {race.data}-FD {values}, after {spent / 60:.2f} CPU-minutes", flush=True)
@@ -283,7 +295,8 @@ def chart(results: dict[str, list[dict[str, Any]]], data: str) -> Chart:
     """FD by number of steps, a curve a method: means, with their standard deviations as error bars."""
     curves = []
     for style, (name, runs) in enumerate(results.items()):
-        values = {float(n): [run[f"fd_{data}"][n] for run in runs] for n in runs[0][f"fd_{data}"]}
+        known = runs[0][f"fd_{data}"]
+        values = {float(n): [run[f"fd_{data}"][n] for run in runs] for n in map(str, NFE) if n in known}
         deviations = {n: statistics.stdev(each) for n, each in values.items() if len(each) > 1}
         curves.append(Curve(name, [(n, statistics.mean(each)) for n, each in values.items()], deviations, style))
     return Chart(f"{data}-FD by number of steps, at equal CPU-minutes", curves, Axis([*map(float, NFE)], log=True))
@@ -325,28 +338,26 @@ def main() -> None:
 
 def measure(race: Race, options: argparse.Namespace) -> None:
     """Trains and measures what is not yet in DIR."""
-    out, each = race.out, {name: race.contestant(name) for name in options.methods}
-    firsts = {name: race.contestant(contestant.after) for name, contestant in each.items() if contestant.after}
-    needs_adapted = any(contestant.adapted for contestant in (*each.values(), *firsts.values()))
-    teachers = {False: race.teacher} | ({True: adapted_teacher(race)} if needs_adapted else {})
+    chains = {name: race.stages(name) for name in options.methods}
+    adapted = {name: race.contestant(stages[0]).adapted for name, stages in chains.items()}
+    teachers = {False: race.teacher} | ({True: adapted_teacher(race)} if any(adapted.values()) else {})
 
-    def images(name: str, teacher: Path, share: float) -> int:
+    def images(name: str, teacher: Path, stages: int) -> int:
         batch = recipe_of(race, name)[0].training.batch
-        seconds, wanted = share * options.minutes * 60, share * (options.images or 0)
+        wanted = (options.images or 0) / stages
         if not wanted:
+            seconds = options.minutes * 60 / stages
             wanted = seconds * images_per_second(race, name, teacher, seconds / 24)
         return max(1, round(wanted / batch)) * batch
 
-    lengths = {name: images(name, teachers[each[name].adapted], 1) for name in each if not each[name].after}
+    lengths = {name: images(name, teachers[adapted[name]], 1) for name, stages in chains.items() if len(stages) == 1}
 
     def run(name: str, seed: int) -> None:
-        folder, teacher, first = out / f"{name}-{seed}", teachers[each[name].adapted], each[name].after
-        if first is None:
-            trained(race, name, seed, teacher, lengths[name], folder)
-            return
-        stage = out / f"{name}-{seed}-{first}"
-        made = trained(race, first, seed, teacher, images(first, teacher, 0.5), stage)
-        trained(race, name, seed, stage, images(name, stage, 0.5), folder, made["cpu_seconds"])
+        teacher, made, stages = teachers[adapted[name]], dict[str, Any](), chains[name]
+        for stage in stages:
+            folder = race.out / f"{name}-{seed}{'' if stage == name else f'-{stage}'}"
+            length = lengths.get(name) or images(stage, teacher, len(stages))
+            made, teacher = trained(race, stage, seed, teacher, length, folder, made), folder
 
     with ThreadPoolExecutor(options.jobs) as pool:
         # Seed by seed, so that a table of fewer seeds is there early.

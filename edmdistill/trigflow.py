@@ -73,3 +73,9 @@ def implied_noise(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
 def ddim_step(x_t: Tensor, F: Tensor, t: Tensor, s: Tensor, sigma_data: float) -> Tensor:
     """Returns x_s = cos(t-s) x_t - sin(t-s) sigma_data F, a deterministic step from t to s.  Source: sCM, section 3."""
     return denoised(x_t, F, t - s, sigma_data)
+
+
+def ddim_flow(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, sigma_data: float) -> Tensor:
+    """Returns the F whose DDIM step leads from x_t to x_s, the inverse of `ddim_step`.  s < t"""
+    cos, sin = cos_sin(t - s, x_t)
+    return (cos * x_t - x_s) / (sin * sigma_data)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from edmdistill.trigflow import (
     cos_sin,
+    ddim_flow,
     ddim_step,
     denoised,
     diffuse,
@@ -73,6 +74,13 @@ def test_ddim_step_follows_the_true_velocity_to_any_time(pair: tuple[Tensor, Ten
     x_t, F = diffuse(x0, z, TIMES), velocity(x0, z, TIMES) / SIGMA_DATA
     for s in (torch.tensor(0.0), torch.tensor(0.3), TIMES / 2, TIMES):
         torch.testing.assert_close(ddim_step(x_t, F, TIMES, s, SIGMA_DATA), diffuse(x0, z, s))
+
+
+def test_ddim_flow_is_its_inverse(pair: tuple[Tensor, Tensor]) -> None:
+    x_t, F = pair
+    for s in (TIMES / 3, torch.zeros(4)):
+        x_s = ddim_step(x_t, F, TIMES, s, SIGMA_DATA)
+        torch.testing.assert_close(ddim_flow(x_t, x_s, TIMES, s, SIGMA_DATA), F, rtol=1e-9, atol=1e-9)
 
 
 def test_ddim_step_to_0_is_the_denoiser(pair: tuple[Tensor, Tensor]) -> None:

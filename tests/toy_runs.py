@@ -36,11 +36,12 @@ OPTIONS = {
     "imm": {"particles": 2},
     "ladd": {"levels": [2.5], "r1": 1.0},
     "kd": {"levels": [2.5], "trajectory_steps": 3},
+    "pd": {"steps": 2},
     "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
 }
 """Of a method, beside its name."""
 
-ALIKE = {"cd", "dscd", "ect", "kd", "imm", "mean-flow", "sct", "sida", "tcm"}
+ALIKE = {"cd", "dscd", "ect", "kd", "imm", "mean-flow", "pd", "sct", "sida", "tcm"}
 """Methods whose networks and turns are like another's: scd's, fmd's, dmd2's."""
 
 ALL_METHODS = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(METHODS)]
@@ -74,7 +75,8 @@ def source_of(method: str, teacher: Path | str) -> Path | None:
     """Returns what a run of the method starts from."""
     if method == "diffusion":
         return None
-    return Path(teacher).with_name("first-stage") if METHODS[method].load().first_stages else Path(teacher)
+    stages = METHODS[method].load().first_stages
+    return Path(teacher).with_name("first-stage") if stages and "diffusion" not in stages else Path(teacher)
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,11 @@ METHODS: dict[str, MethodEntry] = {
         "KD: knowledge distillation, regression on the ends of the teacher's trajectories, in one step or several.",
         ("luhman2021kd",),
     ),
+    "pd": MethodEntry(
+        "edmdistill.methods.pd:PD",
+        "PD: progressive distillation, by stages in which each step learns to do two of the teacher's.",
+        ("salimans2022pd",),
+    ),
     "scd": MethodEntry(
         "edmdistill.methods.scd:SCD",
         "sCD: continuous-time consistency models, distilled from a teacher.",

@@ -285,6 +285,14 @@ class Method(ABC, Generic[ConfigT]):
         return None
 
     @classmethod
+    def check_stage(cls, config: ConfigT, steps: int) -> str | None:
+        """Returns why a first stage of so many steps is unsuitable, as a sentence with the fix, or None.
+
+        It is asked where `stages_have_steps`.
+        """
+        return None
+
+    @classmethod
     def guidance(cls, config: ConfigT) -> tuple[float, float]:
         """Returns the range of guidance weights that the product takes; (1, 1): none."""
         return 1.0, 1.0

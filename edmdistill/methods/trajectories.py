@@ -19,7 +19,7 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, NoiseRange
 from edmdistill.methods.solver import multistep_trajectory
 from edmdistill.schedules import edm_curve
-from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time
+from edmdistill.trigflow import ddim_flow, diffuse, sigma_to_time
 
 TrajectorySteps = Annotated[
     int, Meta(ge=0, le=1000, description="steps of the teacher's trajectories that jumps are learned from; 0 = none")
@@ -72,8 +72,7 @@ def trajectory_loss(
     path, path_times = torch.stack([*points, end]), torch.cat([times, torch.zeros_like(times[:1])])
     (x_t, t), (x_s, s) = ((path[i, rows].flatten(0, 1), path_times[i, rows].flatten()) for i in (k, stop))
     labels = None if batch.labels is None else batch.labels.repeat(len(k), 1)
-    cos, sin = cos_sin(t - s, x_t)
-    F_s = (cos * x_t - x_s) / (sin * sigma_data)
+    F_s = ddim_flow(x_t, x_s, t, s, sigma_data)
     error = (generator(x_t, t, labels) if share_to_end is None else generator(x_t, t, labels, s)) - F_s
     value = error.square().flatten(1).sum(1).reshape(len(k), -1).mean(0)
     return Loss(value, times[0], {"trajectory_error": error.detach().square().mean()})

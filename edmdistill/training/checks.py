@@ -130,6 +130,20 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
                 )
 
 
+def require_stage(recipe: Recipe, config: CheckpointConfig) -> None:
+    """Raises: TrainingError: a first stage was trained for other steps than the method goes on from, or is guided."""
+    if config.stage != "generator":
+        return
+    steps = len(config.trained_sigmas)
+    if steps and (problem := recipe.method_class.check_stage(recipe.method, steps)):
+        raise TrainingError(f"{recipe.method_name} cannot go on from this first stage: {problem}")
+    if config.guidance is not None and recipe.guidance != (1, 1):
+        raise TrainingError(
+            f"the first stage has learned guidance, and {recipe.method_name} would guide it again: leave out "
+            "method.guidance"
+        )
+
+
 def require_time_of_network(recipe: Recipe, flow: FlowNetwork) -> None:
     """Raises: TrainingError: the method cannot train the network that the recipe makes, because it reads ln(sigma)."""
     as_it_is, reading_t = (

@@ -146,6 +146,7 @@ def _open_data(recipe: Recipe, data: Dataset | str | Path) -> Dataset:
 def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, force_guidance: bool) -> None:
     """Raises: TrainingError: the method cannot distill the teacher, or data, guide or warm start do not fit it."""
     require_fit(sources.dataset, sources.flow, sources.config)
+    checks.require_stage(recipe, sources.config)
     checks.require_teacher(recipe, sources.flow, force_guidance)
     checks.require_edm_time(recipe, [sources.flow, *([] if sources.init is None else [sources.init.flow])])
     if sources.guide is not None:

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "dscd, guided": GUIDED,
     "vsd, guided": GUIDED,
     "kd, guided": GUIDED,
+    "pd, guided": GUIDED,
     "cd, guided": GUIDED | {"mu": 0.9},
     "fmd, guided": GUIDED,
     "dmd2, f-distill": {"levels": (2.5,), "f_divergence": "jensen-shannon"},

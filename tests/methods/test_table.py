@@ -111,6 +111,7 @@ PAPERS: dict[str, dict[str, object]] = {
     "dmd2": {"auxiliary_turns": 5, "gan": 3e-3, "gan_auxiliary": 1e-2, "f_divergence": "reverse-kl"},
     "ladd": {"P_mean": 0.3, "P_std": 1.0, "gan_loss": "hinge"},  # logit(t) ~ N(1, 1): ln(sigma / .5) has mean 1
     "kd": {"distance": "l2", "levels": (), "guidance": (1.0, 1.0)},
+    "pd": {"steps": 4, "weighting": "snr+1", "guidance": (1.0, 1.0)},
     "sct": {"P_mean": -1.0, "P_std": 1.4, "c": 0.1, "r_max": 1.0},  # sCM, table of CIFAR-10
     "scd": {"P_mean": -1.0, "P_std": 1.4, "c": 0.1, "r_max": 1.0},
     "dscd": {"P_mean": -1.0, "P_std": 1.4, "c": 0.1, "intervals": 1024},

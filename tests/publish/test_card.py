@@ -124,7 +124,13 @@ def test_without_a_teacher_none_is_spoken_of():
     known = CONFIG.provenance
     nothing = replace(known, parent=None)  # what a generator without a teacher began from
     for method, origin, taught in (
-        *(("sct", known, False), ("scd", known, True), ("ctm", nothing, False), ("tcm", known, False)),
+        *(
+            ("sct", known, False),
+            ("scd", known, True),
+            ("ctm", nothing, False),
+            ("tcm", known, False),
+            ("pd", known, True),
+        ),
         ("consistency-model", known, True),  # another program's
     ):
         text = card(replace(CONFIG, method=method, provenance=origin), "me/digits")

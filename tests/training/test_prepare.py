@@ -117,6 +117,7 @@ def test_half_precision_of_a_teacher_that_predicts_noise_is_warned_of(
         ({"name": "ladd", "levels": [1.5]}, {}, (80.0, 1.5)),
         ({"name": "kd", "levels": [1.5]}, {}, (80.0, 1.5)),
         ({"name": "scd", "allow_edm_time": True, "intervals": 4}, {}, (80.0, 1.207107, 0.5, 0.207107)),
+        ({"name": "pd", "steps": 2}, {}, (80.0, 0.496885)),
         ({"name": "cosim"}, {}, (80.0, 2.515219)),
         ({"name": "sid"}, {"sigmas": {"1": [3.0]}}, (3.0,)),  # the recipe's own
         ({"name": "cosim"}, {"sigmas": {"2": [80.0, 80.0]}}, (80.0, 80.0)),  # CoSIM, proposition 3.8
@@ -131,7 +132,7 @@ def test_a_generator_is_sampled_at_the_levels_that_it_learned(
     record = build_sampler(run.model(), SamplerSpec()).record
     assert record.sigmas == pytest.approx(levels, rel=1e-5)
     assert record.nfe == len(levels)
-    assert record.gamma == (0 if "intervals" in method else 1)
+    assert record.gamma == (0 if "intervals" in method or method["name"] == "pd" else 1)
     if not sampling:
         trained = () if method["name"] == "cosim" else levels
         assert run.config.trained_sigmas == pytest.approx(trained, rel=1e-5)
