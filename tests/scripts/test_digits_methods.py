@@ -28,6 +28,14 @@ def test_runs_on_either_set_are_told_apart() -> None:
     assert digits != tiles
 
 
+def test_stages_follow_one_another() -> None:
+    race = Race("digits", Path())
+    assert race.stages("scd") == ["scd"]
+    assert race.stages("tcm") == ["ect", "tcm"]
+    steps = [recipe_of(race, stage)[0].method.steps for stage in race.stages("pd")]
+    assert steps == [32, 16, 8, 4, 2, 1]
+
+
 def test_a_row_has_means_over_seeds_and_dashes_where_nothing_was_measured() -> None:
     run = {"images": 100, "cpu_seconds": 60.0, "memory": 400.0, "class_accuracy": {"1": 0.5, "2": 0.75}}
     runs = [run | {"fd_tiles": {"1": fd, "2": 2 * fd}} for fd in (1.0, 3.0)]
