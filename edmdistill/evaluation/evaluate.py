@@ -22,7 +22,7 @@ from edmdistill.errors import EdmDistillError, without_secrets
 from edmdistill.evaluation.checks import choose_seeds, measurable, require_fit, require_options
 from edmdistill.evaluation.images import Images, open_images, sampled_images
 from edmdistill.evaluation.metrics import find_metric, metric_label
-from edmdistill.evaluation.panel import Panel, collect_reference
+from edmdistill.evaluation.panel import Panel, collect_reference, stated_by
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.evaluation.results import Origin, Result, read_results, results_json
@@ -108,6 +108,8 @@ def evaluate(
     measured = measurable(wanted, images, required=metrics is not None)
     files = tuple(sorted((name, str(file)) for name, file in weights.items()))
     panel = Panel(measured, files, str(device), work, processes)
+    if isinstance(data, ReferenceStatistics):
+        stated_by(data, panel)  # what it lacks is said before anything is kept
     done = replace(
         standard,
         metrics=tuple(one.name for one in measured),

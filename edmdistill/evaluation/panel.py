@@ -64,6 +64,11 @@ class Panel:
         names = dict.fromkeys(metric.features for metric in self.metrics)
         return {name: _load_space(name, files.get(name), self.device) for name in names}
 
+    @property
+    def keys(self) -> Keys:
+        """What the metrics compare with."""
+        return {(one.features, one.metric.reference) for one in self.metrics}
+
     def values(
         self,
         images: Images,
@@ -103,22 +108,14 @@ def collect_reference(reference: Dataset | ReferenceStatistics, panel: Panel) ->
 
     Raises: EdmDistillError: statistics that lack what a metric needs, or are of other weights.
     """
-    keys = {(one.features, one.metric.reference) for one in panel.metrics}
-    record = describe_reference(reference)
+    keys, record = panel.keys, describe_reference(reference)
     if isinstance(reference, Dataset):
         collected, digest = _collect(dataset_images(reference), keys, panel, reference.content_sha256)
         return Collected(collected, replace(record, sha256=digest))
     if not reference.spaces:
         collected, digest = _collect(open_images(reference.path, 0), keys, panel, reference.sha256)
         return Collected(collected, replace(record, sha256=digest))
-    # ADM's files hold statistics, of which FID is to be measured, and some of the images, which give all else.
-    pictured = {
-        (name, kind)
-        for name, kind in keys
-        if reference.has_images and kind is not Nothing and (kind is Features or name not in reference.spaces)
-    }
-    spaces = panel.spaces
-    stated = {(name, kind): reference.collected(spaces[name], kind) for name, kind in keys - pictured}
+    stated, pictured = stated_by(reference, panel)
     if pictured:
         stated |= _collect(open_images(reference.path, 0), pictured, panel, reference.sha256)[0]
     counts = [
@@ -128,6 +125,22 @@ def collect_reference(reference: Dataset | ReferenceStatistics, panel: Panel) ->
     ]
     kept = min(counts, default=reference.n)
     return Collected(stated, record if kept in (None, reference.n) else replace(record, kept=kept))
+
+
+def stated_by(reference: ReferenceStatistics, panel: Panel) -> tuple[dict[Key, Any], Keys]:
+    """Returns what statistics hold of what a panel compares with, and what is to be measured of their images.
+
+    ADM's files hold statistics, of which FID is to be measured, and some of the images, which give all else.
+
+    Raises: EdmDistillError: they lack what a metric needs, or are of other weights.
+    """
+    pictured = {
+        (name, kind)
+        for name, kind in panel.keys
+        if reference.has_images and kind is not Nothing and (kind is Features or name not in reference.spaces)
+    }
+    spaces = panel.spaces
+    return {(name, kind): reference.collected(spaces[name], kind) for name, kind in panel.keys - pictured}, pictured
 
 
 def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[dict[Key, Any], str]:

@@ -19,6 +19,7 @@ from edmdistill.evaluation.collect import collect_statistics, write_statistics
 from edmdistill.evaluation.compare import Row, compare
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
+from edmdistill.evaluation.shards import Work
 from edmdistill.features.spaces import FEATURE_SPACES, Pixels, load_features
 from edmdistill.sampling.decode import LatentDecoder, open_decoder
 from edmdistill.sampling.generate import sample
@@ -112,11 +113,14 @@ def test_statistics_alone_do_not_serve_metrics_of_single_images(tmp_path: Path) 
     result = evaluate(pixels(1), file, protocol="edm")
     assert result.protocol.reference is not None
     assert (result.protocol.reference.source, result.protocol.reference.n) == ("edm.npz", None)
+    ours, work = write_pictures(tmp_path / "ours", pixels(1)), Work(tmp_path / "work")
     with pytest.raises(
         EdmDistillError, match=r"edm\.npz has no features of single images, .*: give the images"
     ) as said:
-        evaluate(pixels(1), file, protocol="edm", metrics=["fid", "precision"])
+        evaluate(ours, file, protocol="edm", metrics=["fid", "precision"], work=work)
     assert "\n" not in str(said.value)
+    assert not work.abandoned()
+    assert not work.root.exists()  # as `doctor` would call it unfinished, though no command can finish it
 
 
 def test_statistics_of_data_stats_give_the_number_of_the_data(tmp_path: Path) -> None:
