@@ -11,7 +11,7 @@ _SOURCE = ("SOURCE", "TEACHER", "GENERATOR")
 _STEPS = ("--nfe N, in network evaluations: Heun's method takes 2 N - 1 for N steps",)
 _IMAGES = ("--set training.images=N, in images",)
 _PRECISION = ("--set training.precision=bf16", "--dtype")
-_PROCESSES = ("--processes",)
+_SHARES = ("--seeds LIST, a part of them in a command for each GPU, with an --out of its own",)
 _STATES = ("--set training.snapshot_every=N, in images",)
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("outdir", "out-dir", "output-dir", "output", "dest"), _OUT),
@@ -20,7 +20,8 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("steps", "num-steps", "num-inference-steps"), _STEPS),
     **dict.fromkeys(("duration", "max-train-steps", "num-train-epochs"), _IMAGES),
     **dict.fromkeys(("fp16", "bf16", "precision", "mixed-precision", "torch-dtype"), _PRECISION),
-    **dict.fromkeys(("gpus", "num-gpus", "num-processes", "nproc-per-node"), _PROCESSES),
+    **dict.fromkeys(("gpus", "num-gpus", "num-processes", "nproc-per-node"), ("--processes", *_SHARES)),
+    "processes": _SHARES,
     **dict.fromkeys(("resume", "resume-from-checkpoint"), ("--run-dir of the run: the same command resumes it",)),
     **dict.fromkeys(("batch", "train-batch-size"), ("--set training.batch=N",)),
     **dict.fromkeys(("batch-size", "eval-batch-size"), ("--set training.batch=N", "--batch")),

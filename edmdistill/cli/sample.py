@@ -158,6 +158,7 @@ def command(
 
     Images are kept as they are drawn: after Ctrl-C, the same command goes on, with more --seeds too; a folder takes
     more seeds even when it is complete. Images that are not finite are left out and named, and the exit code is 1.
+    On several GPUs, start a command for each, with a part of --seeds and an --out of its own.
 
     With --reject, more seeds than those of --seeds are drawn; the output says which were kept. With --reference, every
     image starts from the noised picture, and gamma must be below 1; its default is then 0.
@@ -166,6 +167,7 @@ def command(
     from edmdistill.checkpoints.source import open_source
     from edmdistill.machine.compile import compile_for_sampling, require_compiler
     from edmdistill.machine.devices import named_dtype, pick_device
+    from edmdistill.machine.launch import process_rank
     from edmdistill.progress import progress_bar
     from edmdistill.sampling.files import check_output, shown_count
     from edmdistill.sampling.job import SampleJob
@@ -173,6 +175,9 @@ def command(
     from edmdistill.sampling.seeds import parse_seeds
 
     numbers, where = parse_seeds(seeds), pick_device(device)
+    rank, processes = process_rank()
+    if processes > 1 and not rank:
+        say(f"sample shares no work: if all {processes} processes run this command, each draws all of --seeds.")
     precision = named_dtype(dtype, where)
     require_compiler(compile_mode, where)
     check_output(out, latent=decoding.latents, layout=layout)

@@ -39,7 +39,7 @@ FORWARDED_SIGNALS: dict[int, int] = {
     signal.SIGHUP: signal.SIGTERM,
 }
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
-RESUME = "run the same command again to resume from the last state"
+RESUME = "run the same command again to go on from what was saved"
 HINTS: dict[int, str] = {
     signal.SIGKILL: ", probably because memory ran out (use fewer --processes; to train, a smaller "
     "--micro-batch or fewer --workers)",

@@ -23,6 +23,10 @@ from edmdistill.cli.other_names import OTHER_NAMES
         ("sample x --guidance-scale 2", "--guidance"),
         ("sample x --torch-dtype float16", "--dtype"),
         ("eval x --num 5000", "--n"),
+        (
+            "sample x --processes 2",
+            "--seeds LIST, a part of them in a command for each GPU, with an --out of its own",
+        ),
         ("train cosim x --outdir y", "--run-dir"),
         ("train cosim x --fp16", "--set training.precision=bf16"),
         ("train cosim x --batch 64", "--set training.batch=N"),

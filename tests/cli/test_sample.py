@@ -97,6 +97,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launcher_of_several_processes_is_told_that_they_share_nothing(
+    runs: dict[str, Path], tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `torchrun --nproc-per-node 8 generate.py` of EDM's does."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    result = run(runs["generator"], "--seeds", "0", "--out", tmp_path / "out")
+    assert ("if all 8 processes run this command, each draws all of --seeds" in result.stderr) == (rank == 0)
+
+
 def test_npz(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     result = run(runs["run"], "--seeds", "0-2,100", "--class", "Tree Frog", "--class", "1", "--out", out)

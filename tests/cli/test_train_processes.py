@@ -68,7 +68,7 @@ def test_a_process_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
     code, said = finish(run)
     assert code == 2
     assert "The process of rank 1 (of 2) was killed by SIGKILL" in said
-    assert "run the same command again to resume from the last state" in said
+    assert "run the same command again to go on from what was saved" in said
     assert "Traceback" not in said
 
     lines = len(losses(broken))

@@ -141,7 +141,7 @@ def test_one_end_is_the_end_of_all(start, code: str, exit_code: int, part: str |
     else:
         (sentence,) = sentences
         assert sentence.startswith(f"The process of rank 1 (of 2) {part}")
-        assert sentence.endswith("; the others were stopped; run the same command again to resume from the last state.")
+        assert sentence.endswith("; the others were stopped; run the same command again to go on from what was saved.")
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_after_a_second_signal_who_does_not_stop_is_killed(start, monkeypatch):
     exit_code, sentences = start(code)
     assert exit_code == 130
     assert sentences == [
-        f"Some processes did not stop within {LIMIT} seconds and were killed; run the same command again to resume "
-        "from the last state."
+        f"Some processes did not stop within {LIMIT} seconds and were killed; run the same command again to go on "
+        "from what was saved."
     ]
     assert Path("0.saved").exists()
 
