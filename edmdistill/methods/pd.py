@@ -2,17 +2,18 @@
 
 Salimans & Ho 2022 (ICLR), algorithm 2.
 
-    sigma_0 = sigma_max > ... > sigma_2N = 0      levels of the teacher; every second is one of the generator's
-    t, t', s                                      times of sigma_2i, sigma_2i+1 and sigma_2i+2, i uniform
-    x_t   = cos(t) x0 + sin(t) z                  at sigma_max noise alone
-    x_t', x_s                                     by a DDIM step of the teacher each
-    F*                                            the DDIM step by F* leads from x_t to x_s at once
+    sigma_0 = sigma_max > ... > sigma_2N = 0    the teacher's levels, equidistant in t; every second is the generator's
+    t, t', s                                    times of sigma_2i, sigma_2i+1 and sigma_2i+2, i uniform
+    x_t   = cos(t) x0 + sin(t) z                at sigma_max noise alone
+    x_t', x_s                                   by a DDIM step of the teacher each
+    F*                                          the DDIM step by F* leads from x_t to x_s at once
     L     = w(t) |F(x_t, t) - F*|^2
 
 A run is a stage. The first has a diffusion model for its teacher, each later one the generator of 2 N steps before it.
 
-Differs: |F - F*|^2 is the paper's SNR + 1 times the squared error of the image, where SNR = cot(t)^2 counts data of
-deviation sigma_d, and the paper's 1. The paper's default, max(SNR, 1), is "truncated": 1/2 to 1 times that.
+Differs: angles and SNR = cot(t)^2 count data of deviation sigma_d, and the paper's, of its cosine schedule, data of 1.
+|F - F*|^2 is SNR + 1 times the squared error of the image, over sigma_d^2. The paper's max(SNR, 1), weighting =
+"truncated", is 1/2 to 1 times that.
 """
 
 from __future__ import annotations
