@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
     Args:
         total, desc, unit, options: tqdm's own.
     """
-    bar = tqdm if sys.stderr.isatty() else _Lines
+    bar = _style()
     return bar(total=total, desc=desc and printable(desc), unit=unit, **({"delay": DELAY, "disable": _quiet} | options))
 
 
@@ -64,7 +65,7 @@ def stage_bar(desc: str) -> Iterator[Callable[[str], object]]:
 
 def bar_class() -> type[tqdm[Any]]:
     """Returns a class of such bars, for a library that makes its own."""
-    base: Any = tqdm if sys.stderr.isatty() else _Lines
+    base: Any = _style()
 
     class Bar(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -74,6 +75,14 @@ def bar_class() -> type[tqdm[Any]]:
             super().__init__(*args, **({"delay": DELAY} | options | {"disable": disable}))
 
     return Bar
+
+
+def _style() -> Any:
+    """Returns a class of bars, or of lines where tqdm draws none: on terminals without a width, as `script` has."""
+    try:
+        return tqdm if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns else _Lines
+    except OSError:  # a terminal that does not say
+        return tqdm
 
 
 def write(sentence: str) -> None:

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import termios
 import tomllib
+import tty
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +170,24 @@ def test_where_stderr_is_no_terminal_progress_is_whole_lines(run):
     assert "\r" not in result.stderr
     assert [line.split("/3")[0].split()[-1] for line in lines] == ["0", "1", "2", "3"]
     assert all(line.startswith("drawing: ") for line in lines)
+
+
+@pytest.mark.parametrize(("columns", "end"), [(0, "\n"), (40, "\r")])
+def test_a_terminal_without_a_width_gets_lines(columns: int, end: str, monkeypatch: pytest.MonkeyPatch):
+    """As that of `script` and of some containers, where tqdm would draw nothing."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (columns and 24, columns))
+    tty.setraw(theirs)
+    os.set_blocking(ours, False)
+    with open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar(total=3, delay=0, mininterval=0, leave=False) as bar:
+            bar.update()
+        shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert "1/3" in shown
+    assert end in shown
+    assert ("\r" in shown) == (end == "\r")
 
 
 def test_a_stage_that_lasts_is_shown_while_it_lasts(run, monkeypatch: pytest.MonkeyPatch):
