@@ -167,7 +167,7 @@ OURS = {
     "features/weights.py": {"name"},
     "training/sources.py": {"name", "instead"},
 }
-"""What is put into commands that is no name of the user's, or was quoted before."""
+"""Values in printed commands that need no quotes: they are not the user's, or were quoted before."""
 
 
 def put_into_commands(path: Path) -> Iterator[str]:
