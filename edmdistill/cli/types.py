@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ EMPTY = "the path is empty; name a file or folder."
 
 
 class Count(click.IntRange):
-    """A whole number in a range."""
+    """A whole number in a range, also as in 5e4."""
 
     name = "whole number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d*)?(e\+?\d\d?)?\s*", value, re.IGNORECASE):
+            number = Decimal(value)  # exact, as seeds are
+            value = int(number) if number == number.to_integral_value() else value
+        return int(super().convert(value, param, ctx))
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return "N"

@@ -363,7 +363,7 @@ def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) 
     if lacking:
         raise RecipeError(f"{source}: [{name}] lacks {', '.join(lacking)}")
     try:
-        typed = msgspec.convert(values, type_)
+        typed = msgspec.convert(_whole(values), type_)
         out_of_range = next((key for key in values if not _is_in_range(getattr(typed, key))), None)
         if out_of_range is None:
             return typed
@@ -376,6 +376,15 @@ def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) 
     where = f"{name}.{key} = {values[key]!r}" if key in values else f"[{name}]"
     each = ": each of its values" if inside and not rest.startswith(":") else ""
     raise RecipeError(f"{source}: {where}{each}{rest}")
+
+
+def _whole(value: Any) -> Any:
+    """Returns a value with integers for its whole floats, so that a field for either takes 200e6."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _choices(hint: object) -> list[object]:

@@ -36,6 +36,25 @@ def test_a_run_may_be_one_batch():
     assert load_recipe("cosim/digits", sets=["training.images=12"]).training.images == 12
 
 
+def test_a_whole_float_is_an_integer_where_one_is_asked_for():
+    floats = ["images=1e5", "batch=8.0", "lr=1.0", "betas=[0.0, 0.5]"]
+    table = load_recipe("diffusion/digits", sets=[f"training.{text}" for text in floats]).training
+    assert (table.images, table.batch, table.lr, table.betas) == (100_000, 8, 1.0, (0.0, 0.5))
+    types = [type(value) for value in (table.images, table.batch, table.lr, *table.betas)]
+    assert types == [int] * 2 + [float] * 3
+    sets = [
+        ["sampling.nfe=[2.0, 35.0]", "network.arguments.num_blocks=2e0", "ema.half_life_images=5e2"],
+        ["sampling.nfe=[2, 35]", "network.arguments.num_blocks=2", "ema.half_life_images=500"],
+    ]
+    assert len({load_recipe("diffusion/digits", sets=some).hash for some in sets}) == 1
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "inf", "'1e5'", "true"])
+def test_what_is_no_whole_number_is_refused(text: str):
+    with pytest.raises(RecipeError, match=r"training\.images = .* must be a whole number"):
+        load_recipe("cosim/digits", sets=[f"training.images={text}"])
+
+
 EVALUATION = ["evaluation.protocol=digits", "training.log_every=1000"]
 BETAS = [f"training.betas_by_role.{role}=[0,0.9]" for role in ("generator", "auxiliary")]
 
@@ -50,6 +69,8 @@ BETAS = [f"training.betas_by_role.{role}=[0,0.9]" for role in ("generator", "aux
         ("scd/imagenet64-s", ["ema.rampup_ratio=0.1"], "with no half_life_images, rampup_ratio has no effect"),
         ("scd/imagenet64-s", ["ema.snapshot_every=1000"], "post-hoc EMA, which needs two averages: set two or more"),
         ("cosim/digits", [*EVALUATION, "evaluation.every=2500"], "of training.log_every, 1000, such as 3000"),
+        ("cosim/digits", ["training.images=1e300"], "images = 1e+300 must be at most 999999999999"),
+        ("cosim/digits", ["training.seed=1e300"], "seed = 1e+300 must be finite, and at most 1e+15"),
         ("diffusion/digits", ["network.arguments.a=-1e16"], "must be finite, and at most 1e+15"),
         ("diffusion/digits", ["network.arguments.a=[1, -inf]"], "must be finite, and at most 1e+15"),
         ("cosim/digits", ["training.optimizer=sgd"], "training.optimizer = 'sgd': choose one of adam, radam, adam8bit"),
