@@ -21,6 +21,7 @@ from torch import Tensor
 
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
+from edmdistill.errors import EdmDistillError
 from edmdistill.methods.adversarial import adversarial_turns, gan_roles
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Sampling, Turn, with_inputs
 from edmdistill.methods.consistency import ConsistencyConfig, tangent_loss, tangent_warmup
@@ -161,10 +162,17 @@ class SCM(ContinuousConsistency[ConfigT]):
 
     @classmethod
     def schedule(cls, config: ConfigT, noise: NoiseRange) -> tuple[float, ...]:
-        """Returns the ends of the intervals, the last of them at sigma_max."""
-        M = config.intervals
-        ends = (noise.sigma_data * math.tan(math.pi / 2 * k / M) for k in range(M - 1, 0, -1))
-        return (noise.sigma_max, *(min(sigma, noise.sigma_max) for sigma in ends)) if M > 1 else ()
+        """Returns the ends of the intervals, the last of them at sigma_max.
+
+        Raises: EdmDistillError: the last one begins above sigma_max.
+        """
+        M, (sigma_data, _, sigma_max) = config.intervals, noise
+        if (most := int(math.pi / 2 / math.atan(sigma_data / sigma_max))) < M:
+            raise EdmDistillError(
+                f"method.intervals = {M} makes intervals that begin above the teacher's highest noise level, "
+                f"{sigma_max:g}, where no step does: set it to {most} at most"
+            )
+        return (sigma_max, *(sigma_data * math.tan(math.pi / 2 * k / M) for k in range(M - 1, 0, -1))) if M > 1 else ()
 
 
 def continuous_tangent(

@@ -8,6 +8,7 @@ from methods_toys import SIGMA_DATA, STD, TIMES, Scaled, Toy, images, over, spre
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.errors import EdmDistillError
 from edmdistill.methods.base import Batch, NoiseRange, Sampling, with_inputs
 from edmdistill.methods.consistency import consistency_loss, normalized_tangent, tangent_loss, tangent_warmup
 from edmdistill.methods.fmd import FMD
@@ -96,7 +97,18 @@ def test_steps_begin_where_intervals_end() -> None:
         config = SCTConfig(intervals=intervals)
         assert SCT.schedule(config, noise) == pytest.approx(levels)
         assert SCT.sampling(config) == Sampling(intervals, gamma=0.0)
-    assert SCT.schedule(SCTConfig(intervals=500), noise)[:2] == (80, 80)
+
+
+@pytest.mark.parametrize(("sigma_data", "sigma_max"), [(0.5, 80.0), (0.5, 152.0), (1.0, 20.0)])
+def test_intervals_above_the_highest_level_are_refused(sigma_data: float, sigma_max: float) -> None:
+    noise = NoiseRange(sigma_data, 0.002, sigma_max)
+    with pytest.raises(EdmDistillError, match=r"intervals = 1000 makes .* set it to \d+ at most") as error:
+        SCT.schedule(SCTConfig(intervals=1000), noise)
+    most = int(str(error.value).split()[-3])
+    first, second, *_ = SCT.schedule(SCTConfig(intervals=most), noise)
+    assert first == sigma_max > second
+    with pytest.raises(EdmDistillError, match="above the teacher's highest noise level"):
+        SCT.schedule(SCTConfig(intervals=most + 1), noise)
 
 
 def test_noise_levels_are_lognormal() -> None:
