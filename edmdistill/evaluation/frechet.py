@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg
 from torch import Tensor
 
 from edmdistill.errors import DatasetError
@@ -92,6 +91,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         for covariances without full rank. They are the roots of the eigenvalues of M M^T, for which LAPACK takes a
         third of the time.
     """
+    from scipy import linalg  # slow to import, and training, which imports this file, seldom needs it
+
     A, B = a.covariance.numpy(), b.covariance.numpy()
     apart = float((a.mean - b.mean).square().sum() + A.trace() + B.trace())
     if not math.isfinite(apart):
@@ -108,6 +109,8 @@ def factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     It fails where rounding has left noise in place of zeros, as in covariances of float32; there L is made of
     eigenvectors, in ten times the time. What is negative is dropped.
     """
+    from scipy import linalg
+
     packed, pivots, rank, _ = linalg.lapack.dpstrf(covariance, lower=1)
     lower = np.zeros((len(covariance), rank))
     lower[pivots - 1] = np.tril(packed)[:, :rank]

@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -78,6 +80,12 @@ def test_the_diagnosis_is_that_of_the_command(run_dir: Path, teacher: Path) -> N
     assert "the teacher's denoiser" in unescape(page)
     assert page.count("<svg") == 3
     assert single_jumps([{"images": 8.0}]) == ""
+
+
+def test_a_run_that_measures_nothing_does_without_scipys_linear_algebra() -> None:
+    """Its import would make every start slower."""
+    code = "import sys, edmdistill.training.session; assert 'scipy.linalg' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_weights_of_a_feature_space_may_be_a_file(start: Callable[..., Run], run_dir: Path, tmp_path: Path) -> None:
