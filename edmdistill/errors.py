@@ -140,6 +140,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
+def duration(seconds: float) -> str:
+    """Returns a time in the unit in which it reads best, as in 0.05 seconds, 12 seconds, 1.5 minutes or 33.6 hours."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    shown = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2f}" if seconds >= 0.01 else "less than 0.01"
+    return f"{shown} seconds"
+
+
 def comma_separated(text: str, option: str = "") -> list[str]:
     """Returns the entries of a list that a user typed, as in 1,2,4, without the spaces around them.
 

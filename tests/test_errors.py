@@ -2,7 +2,7 @@
 
 import pytest
 
-from edmdistill.errors import EdmDistillError, counted
+from edmdistill.errors import EdmDistillError, counted, duration
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,23 @@ from edmdistill.errors import EdmDistillError, counted
 )
 def test_a_noun_goes_with_its_number(number: int, noun: str, expected: str) -> None:
     assert counted(number, noun) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (1e-6, "less than 0.01 seconds"),
+        (0.052, "0.05 seconds"),
+        (1, "1.00 seconds"),
+        (89, "89 seconds"),
+        (90, "1.5 minutes"),
+        (5400, "1.5 hours"),
+        (1.4 * 86400, "33.6 hours"),
+        (1234 * 86400, "1,234.0 days"),
+    ],
+)
+def test_a_duration_has_the_unit_that_reads(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
 
 
 def test_a_word_without_end_has_its_ends() -> None:

@@ -33,7 +33,7 @@ COMMANDS = {
     "data": "Prepare, encode, measure and inspect data sets.",
     "fetch": "Download official files: teachers, references, Inception, DINOv2, the VAE.",
     "recipes": "List, show, copy and check the recipes.",
-    "plan": "Estimate a run's memory, FLOPs and days on each GPU.",
+    "plan": "Estimate a run's memory, FLOPs and time on each GPU.",
     "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia, space.",
     "push-to-hub": "Publish a checkpoint or a run on the Hugging Face Hub.",
     "report": "Write a one-page HTML report of a run.",

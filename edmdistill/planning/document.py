@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from edmdistill.errors import counted
+from edmdistill.errors import counted, duration
 from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
@@ -145,14 +145,14 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         f"{_size(peak['one_image'])}  in micro-batches of {_fewest(request.recipe)}",
         *_graphs_text(document["cuda_graphs"]),
         "",
-        f"GPU          largest micro-batch    images/s   days for {counted(training.images, 'image')}, at "
+        f"GPU          largest micro-batch    images/s   time for {counted(training.images, 'image')}, at "
         f"{document['utilization']:.0%} of its peak",
     ]
     for gpu in document["gpus"]:
         largest = gpu["largest_micro_batch"]
-        speed = f"{gpu['images_per_second']:10,.4g}   {gpu['days']:.2g}" if largest else "         -   -"
-        sooner = gpu.get("days_in_tf32", gpu["days"])
-        tf32 = f"; {sooner:.2g} with --set training.precision=tf32" if largest and sooner < 0.9 * gpu["days"] else ""
+        time, sooner = (86400 * days for days in (gpu["days"], gpu.get("days_in_tf32", gpu["days"])))
+        speed = f"{gpu['images_per_second']:10,.4g}   {duration(time)}" if largest else "         -   -"
+        tf32 = f"; {duration(sooner)} with --set training.precision=tf32" if largest and sooner < 0.9 * time else ""
         lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}{tf32}")
     return "\n".join([*lines, *_alternatives_text(document["others"], _fewest(request.recipe))])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from edmdistill.checkpoints.documents import escape
-from edmdistill.errors import counted
+from edmdistill.errors import counted, duration
 from edmdistill.evaluation.compare import Comparison
 from edmdistill.evaluation.tables import ResultTable
 from edmdistill.evaluation.training_seeds import SeedTable
@@ -151,5 +151,5 @@ def _overview(run: RunSummary) -> dict[str, str]:
         }
     if run.metrics:
         images, seconds = run.metrics[-1]["images"], run.metrics[-1]["seconds"]
-        rows["Time"] = f"{seconds / 60:.1f} minutes, {images / seconds:.3g} images per second"
+        rows["Time"] = f"{duration(seconds)}, {images / seconds:.3g} images per second"
     return rows

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.store import build_flow
-from edmdistill.errors import counted
+from edmdistill.errors import counted, duration
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.environment import machine_of
 from edmdistill.machine.gpus import GPUS, UTILIZATION, find_gpu
@@ -70,8 +70,7 @@ def compare_with_plan(run: RunSummary) -> PlanComparison:
         ["Images per second", _number(planned), _number(speed)],
         [
             "Time for all images",
-            _time(planned and training.images / planned),
-            _time(speed and training.images / speed),
+            *(duration(training.images / rate) if rate else "-" for rate in (planned, speed)),
         ],
     ]
     return PlanComparison(table, notes)
@@ -99,12 +98,3 @@ def _operations(count: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:,.1f} {name}"
-    return counted(round(seconds), "second")

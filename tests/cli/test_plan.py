@@ -23,7 +23,7 @@ def test_text() -> None:
     assert result.stdout.startswith("cosim in fp32 on 2 GPUs: teacher 0.2M, generator 0.2M, auxiliary 0.2M.")
     assert "teacher's weights" in result.stdout
     assert "at most on each GPU, in micro-batches of 16" in result.stdout
-    assert "days for 640,000 images, at 35% of its peak" in result.stdout
+    assert "time for 640,000 images, at 35% of its peak" in result.stdout
     assert "in the auxiliary's turn" in result.stdout
     assert "CUDA graphs" not in result.stdout
     assert result.stdout.splitlines()[-1].split()[:2] == ["l40s", "16"]

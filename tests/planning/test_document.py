@@ -7,6 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from edmdistill.errors import duration
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
 from edmdistill.networks.edm2 import UNet
@@ -68,7 +69,9 @@ def test_a_gpu_is_as_fast_as_its_operations_or_its_calls(precision: str, peak: f
         assert gpu["days"] * 86400 * gpu["images_per_second"] == pytest.approx(6400)
     assert busy.get("days_in_tf32", busy["days"]) == pytest.approx(busy["days"] / (2 if precision == "fp32" else 1))
     lines = plan_text(found, request(precision)).splitlines()
-    assert [f"; {busy['days'] / 2:.2g} with --set training.precision=tf32" in line for line in lines[-2:]] == [
+    assert [
+        f"; {duration(43200 * busy['days'])} with --set training.precision=tf32" in line for line in lines[-2:]
+    ] == [
         precision == "fp32",
         False,
     ]

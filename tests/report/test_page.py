@@ -84,7 +84,7 @@ def test_what_is_known_of_a_run(full: Path):
     (full / "generator" / "config.json").write_text(json.dumps(config | {"images_seen": 500}))
     page = report(read_run(full), [])
     facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
-    assert facts["Time"] == "0.2 minutes, 100 images per second"
+    assert facts["Time"] == "10 seconds, 100 images per second"
     assert facts["Source"] == "https://a.b/&lt;teacher&gt;.pkl, sha256 121212121212"
     assert facts["Data"] == "digits: 1,500 images, 8x8, 10 classes"
     assert facts["Network"] == "edm2, preconditioned as edm"

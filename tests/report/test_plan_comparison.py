@@ -17,7 +17,6 @@ from edmdistill.report.plan_comparison import (
     _bytes,
     _number,
     _operations,
-    _time,
     compare_with_plan,
 )
 from edmdistill.report.summary import read_run
@@ -121,6 +120,3 @@ def test_units():
         *("-", "0.5 GFLOP", "250 GFLOP", "1 TFLOP", "1.5e+03 TFLOP"),
     ]
     assert [_number(value) for value in (None, 0.123456, 999.0, 1234.5)] == ["-", "0.123", "999", "1,234"]
-    assert [_time(value) for value in (None, 89, 90, 3600 * 1.5, 86400 * 1.4, 86400 * 1.5)] == [
-        *("-", "89 seconds", "1.5 minutes", "1.5 hours", "33.6 hours", "1.5 days"),
-    ]
