@@ -104,6 +104,31 @@ def test_tables_3_and_4_of_the_scm_paper():
             assert {t.dropout_max_resolution for t in training if t.dropout} <= {16}
 
 
+def test_the_scripts_of_sids_code():
+    """Millions of images, batch, learning rate, dropout, millions of the average's half-life."""
+    scripts = {
+        "sid/cifar10": (500, 256, 1e-5, 0.13, 0.5),
+        "sid/ffhq64": (500, 512, 1e-5, 0.05, 0.5),
+        "sid/afhq64": (500, 512, 5e-6, 0.05, 0.5),
+        "sid/imagenet64": (1000, 8192, 4e-6, 0.1, 2),
+        "sida/cifar10": (300, 256, 1e-5, 0.13, 0.5),
+        "sida/ffhq64": (200, 512, 1e-5, 0.05, 0.5),
+        "sida/afhq64": (200, 512, 5e-6, 0.05, 0.5),
+        "sida/imagenet64": (300, 8192, 4e-6, 0.1, 2),
+        "sida/imagenet512-xl": (200, 2048, 5e-5, 0.1, 2),
+        "sida/imagenet512-xxl": (100, 2048, 5e-5, 0.1, 2),
+    }
+    for name, script in scripts.items():
+        recipe = load_recipe(name)
+        training, half_life = recipe.training, recipe.ema.half_life_images
+        assert half_life is not None
+        assert (training.images / 1e6, training.batch, training.lr, training.dropout, half_life / 1e6) == script
+        assert training.eps == (1e-8 if training.precision == "fp32" else 1e-6)
+        assert training.of("auxiliary").betas == (0.0, 0.999)
+        assert training.of("generator").betas == ((0.9 if name == "sid/ffhq64" else 0.0), 0.999)
+        assert recipe.method.alpha == (1.2 if name.startswith("sid/") and name != "sid/afhq64" else 1.0)
+
+
 def test_the_script_of_meanflows_code():
     recipe = load_recipe("mean-flow/cifar10")
     method, training = recipe.method, recipe.training
