@@ -9,7 +9,7 @@ from typing import NamedTuple
 from edmdistill.checkpoints.documents import escape
 from edmdistill.optional import importing
 from edmdistill.report.curves import MARKED, Axis, Frame, Point, axis, downsample, short
-from edmdistill.report.labels import BESIDE, Box, Label, Place, place_labels, width
+from edmdistill.report.labels import BESIDE, LINE, Box, Label, Place, place_labels, width
 
 COLORS = 6
 """The classes c0 ... of assets/report.html."""
@@ -74,7 +74,7 @@ class Chart(NamedTuple):
 
     def to_svg(self) -> str:
         """Returns the chart as SVG in the colors of the page, each curve with its label beside it."""
-        tall = max(140, 16 * len(self.curves))
+        tall = max(140, 1.5 * LINE * len(self.curves))  # so that labels beside it may stay near their curves
         wide = min(max(304, 1.25 * tall), 480)
         frame = Frame(self.x, self.y_axis(), TICKS, TICKS + wide, 28, 28 + tall)
         names = [curve.name for curve in self.curves]
