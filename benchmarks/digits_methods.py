@@ -3,7 +3,8 @@
     python benchmarks/digits_methods.py [--methods scd cosim ...] [--seeds 0 1 2] [--minutes 4] [--out DIR] [--jobs 1]
     python benchmarks/digits_methods.py --data tiles                                   # the other embedded set
     python benchmarks/digits_methods.py --methods scd scd-unadapted --images 320000    # what adaptation is for
-    python benchmarks/digits_methods.py --table --plot docs/methods-digits.svg         # of what is in DIR
+    python benchmarks/digits_methods.py --table                                        # of what is in DIR
+    python benchmarks/digits_methods.py --plot docs/methods.md                         # methods-digits.svg beside it
 
 Each method trains by its recipe, with as many images as the minutes hold: a short calibration in CPU-seconds finds how
 many, and what a run really took, with its start-up, stands beside. All have the same network and data. Not counted are
@@ -21,6 +22,7 @@ of these commands may share a DIR, as long as each has methods of its own.
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -279,6 +281,13 @@ def plain(value: float, form: str) -> str:
     return f"{float(text):.0f}" if "e+" in text else text
 
 
+def heading() -> list[str]:
+    """The first two lines of the table."""
+    scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
+    head = ["", "seeds", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+
+
 def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     """A contestant's line of the table."""
     seconds, memory = ([run[key] for run in runs] for key in ("cpu_seconds", "memory"))
@@ -291,26 +300,25 @@ def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def chart(results: dict[str, list[dict[str, Any]]], data: str) -> Chart:
-    """FD by number of steps, a curve a method: means, with their standard deviations as error bars."""
-    curves = []
-    for style, (name, runs) in enumerate(results.items()):
-        known = runs[0][f"fd_{data}"]
-        values = {float(n): [run[f"fd_{data}"][n] for run in runs] for n in map(str, NFE) if n in known}
-        deviations = {n: statistics.stdev(each) for n, each in values.items() if len(each) > 1}
-        curves.append(Curve(name, [(n, statistics.mean(each)) for n, each in values.items()], deviations, style))
-    return Chart(f"{data}-FD by number of steps, at equal CPU-minutes", curves, Axis([*map(float, NFE)], log=True))
+def chart(page: str, data: str) -> Chart:
+    """FD by number of steps, a curve a row of the table in Markdown above the picture methods-DATA.svg."""
+    table = re.search(rf"^((?:\|.*\n)+)\n!\[.*\]\(methods-{data}\.svg\)$", page, re.MULTILINE)
+    if table is None:
+        sys.exit(f"no table stands above a picture methods-{data}.svg")
+    head, _, *rows = ([cell.strip(" `") for cell in line[1:-1].split("|")] for line in table[1].splitlines())
+    curves, styles = [], list(CONTESTANTS)  # so that a method looks the same on either set
+    for cells in rows:
+        known = dict(zip(head, cells, strict=True))
+        values = {float(n): known[f"FD, {n}"].split(" ± ") for n in NFE if known[f"FD, {n}"] != "-"}
+        points = [(n, float(mean)) for n, (mean, *_) in values.items()]
+        deviations = {n: float(spread) for n, (_, *some) in values.items() for spread in some}
+        curves.append(Curve(cells[0], points, deviations, styles.index(cells[0])))
+    return Chart(f"{data}-FD by number of steps, at equal compute", curves, Axis([*map(float, NFE)], log=True))
 
 
-def report(race: Race, by_name: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
-    """Prints the table, and draws FD by number of steps."""
-    scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
-    head = ["", "seeds", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for name, runs in by_name.items():
-        print(row(name, runs, race.metrics))
-    if plot is not None:
-        save_chart(chart(by_name, race.data), plot, ".svg")
+def draw(page: Path, data: str) -> None:
+    """Draws methods-DATA.svg beside a page from its table."""
+    save_chart(chart(page.read_text("utf-8"), data), page.with_name(f"methods-{data}.svg"), ".svg")
 
 
 def main() -> None:
@@ -323,9 +331,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of one training, in the place of minutes")
     parser.add_argument("--out", type=Path, help="where runs and results lie; default: runs/DATA-methods")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="train nothing: the table of what --out holds")
-    parser.add_argument("--plot", type=Path, help="draw FD by number of steps, an .svg")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--table", action="store_true", help="train nothing: the table of what --out holds")
+    instead.add_argument("--plot", type=Path, metavar="PAGE", help="train nothing: draw FD of a Markdown page's table")
     options = parser.parse_args()
+    if options.plot:
+        draw(options.plot, options.data)
+        return
     torch.set_num_threads(1)
     race = Race(options.data, options.out or Path(f"runs/{options.data}-methods"))
     race.out.mkdir(parents=True, exist_ok=True)
@@ -333,7 +345,7 @@ def main() -> None:
         measure(race, options)
     files = {name: [race.out / f"{name}-{seed}.json" for seed in options.seeds] for name in options.methods}
     by_name = {name: [json.loads(file.read_text()) for file in each if file.exists()] for name, each in files.items()}
-    report(race, {name: runs for name, runs in by_name.items() if runs}, options.plot)
+    print("", *heading(), *(row(name, runs, race.metrics) for name, runs in by_name.items() if runs), sep="\n")
 
 
 def measure(race: Race, options: argparse.Namespace) -> None:

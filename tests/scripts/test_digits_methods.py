@@ -1,11 +1,17 @@
 """The table of methods: what each contestant trains by on either set, and what is printed and drawn of its runs."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from digits_methods import CONTESTANTS, NFE, Race, cell, chart, recipe_of, row
+from digits_methods import CONTESTANTS, NFE, Race, cell, chart, draw, heading, recipe_of, row
 
 from edmdistill.defaults import defaults
+from edmdistill.embedded import EMBEDDED
+
+DOCS = Path(__file__).parents[2] / "docs"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
@@ -49,15 +55,30 @@ def test_large_distances_have_no_exponent() -> None:
     assert cell([209.0, 583.0], ".3g") == "396 ± 260"
 
 
-def test_the_plot_has_a_curve_a_method_of_means_and_deviations() -> None:
-    results = {
-        "one": [{"fd_tiles": {"1": 40.0}}],
-        "many": [{"fd_tiles": {str(n): 80.0 / n for n in NFE}}, {"fd_tiles": {str(n): 160.0 / n for n in NFE}}],
-    }
-    drawn = chart(results, "tiles")
-    assert drawn.title.startswith("tiles-FD")
-    one, many = drawn.curves
-    assert (one.name, one.points, one.deviations) == ("one", [(1.0, 40.0)], {})
-    assert many.points == [(n, 120.0 / n) for n in NFE]
-    assert many.deviations == pytest.approx({n: 80.0 / n / 2**0.5 for n in NFE})
-    assert one.style != many.style
+def test_a_row_of_the_table_is_a_curve() -> None:
+    metrics = Race("tiles", Path()).metrics
+    common = {"images": 100, "cpu_seconds": 60.0, "memory": 400.0, "class_accuracy": {}}
+    pairs = [common | {"fd_tiles": {str(n): fd / n for n in NFE}} for fd in (80.0, 160.0)]
+    rows = [row("kd", [common | {"fd_tiles": {"1": 40.0}}], metrics), row("scd", pairs, metrics)]
+    page = "\n".join([*heading(), *rows, "", "![FD](methods-tiles.svg)", ""])
+    kd, scd = chart(page, "tiles").curves
+    assert (kd.name, kd.points, kd.deviations) == ("kd", [(1.0, 40.0)], {})
+    assert (scd.name, scd.points) == ("scd", [(n, 120.0 / n) for n in NFE])
+    assert scd.deviations == {1.0: 57.0, 2.0: 28.0, 4.0: 14.0, 8.0: 7.1}
+    assert kd.style != scd.style
+
+
+def test_a_page_without_the_picture_is_told() -> None:
+    with pytest.raises(SystemExit, match=r"no table stands above a picture methods-tiles\.svg"):
+        chart("| `kd` |\n\n![FD](methods-digits.svg)\n", "tiles")
+
+
+@pytest.mark.parametrize("data", EMBEDDED)
+def test_the_pictures_in_docs_are_those_of_the_tables(data: str, tmp_path: Path) -> None:
+    page = Path(shutil.copy(DOCS / "methods.md", tmp_path))
+    draw(page, data)
+    new, kept = ((folder / f"methods-{data}.svg").read_text("utf-8") for folder in (tmp_path, DOCS))
+    told = f"python benchmarks/digits_methods.py --data {data} --plot docs/methods.md"
+    assert NUMBER.sub("", new) == NUMBER.sub("", kept), told
+    numbers = [[float(number) for number in NUMBER.findall(svg)] for svg in (new, kept)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0, abs=0.11), told  # a last digit, rounded otherwise
