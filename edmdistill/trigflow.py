@@ -11,6 +11,9 @@ Source: Lu & Song 2025 (sCM), section 3 and appendix B.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +34,16 @@ def time_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
     t: in [0, pi/2), any shape.  Source: sCM, section 3.
     """
     return torch.tan(torch.as_tensor(t, dtype=torch.float64)) * sigma_data
+
+
+def written_levels(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Returns noise levels as documents have them, without the rounding of a way to time and back or to float32.
+
+    80.00000000000027 is 80, of 12 digits; 0.30000001192092896 is 0.3, the shortest number that float32 rounds to it.
+    """
+    return tuple(
+        float(str(short) if float(short := np.float32(sigma)) == sigma else f"{sigma:.12g}") for sigma in sigmas
+    )
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:

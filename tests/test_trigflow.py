@@ -18,6 +18,7 @@ from edmdistill.trigflow import (
     sigma_to_time,
     time_to_sigma,
     velocity,
+    written_levels,
 )
 
 SIGMA_DATA = 0.5
@@ -40,6 +41,19 @@ def test_sigma_and_time_are_inverse() -> None:
     assert sigma_to_time(0.0, SIGMA_DATA) == 0
     assert sigma_to_time(SIGMA_DATA, SIGMA_DATA) == pytest.approx(math.pi / 4)
     assert sigma_to_time(math.inf, SIGMA_DATA) == pytest.approx(math.pi / 2)
+
+
+@pytest.mark.parametrize("sigmas", [(80.0, 2.5, 0.3), (2.5, 0.7, 0.002), (40.5, 0.00048828125)])
+@pytest.mark.parametrize("sigma_data", [0.5, 0.29, 1.0])
+def test_levels_are_written_as_they_were_given(sigmas: tuple[float, ...], sigma_data: float) -> None:
+    back = time_to_sigma(sigma_to_time(torch.tensor(sigmas, dtype=torch.float64), sigma_data), sigma_data)
+    assert written_levels(back.tolist()) == sigmas
+    assert written_levels(torch.tensor(sigmas).tolist()) == written_levels(sigmas) == sigmas
+
+
+def test_written_levels_keep_twelve_digits() -> None:
+    levels = torch.logspace(-3, 3, 50, dtype=torch.float64).tolist()
+    assert written_levels(levels) == pytest.approx(levels, rel=1e-11, abs=0)
 
 
 def test_conversions_are_float64_whatever_comes_in() -> None:

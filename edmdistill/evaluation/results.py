@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
 from edmdistill.atomic import atomic_write, expanded, unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
@@ -22,6 +22,7 @@ from edmdistill.checkpoints.layout import CONFIG, TOML, checkpoint_in
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.sampling.spec import SamplerRecord
+from edmdistill.trigflow import written_levels
 
 SCHEMA_VERSION = 2
 EVAL = "eval"
@@ -66,6 +67,9 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.repetitions) == 1 or any(one.keys() != self.metrics.keys() for one in self.repetitions):
             raise ValueError("repetitions must be several, each of the same metrics")
+        if self.sampler is not None and self.sampler.sigmas is not None:
+            written = replace(self.sampler, sigmas=written_levels(self.sampler.sigmas))
+            force_setattr(self, "sampler", written)
 
     def to_json(self) -> str:
         """Returns the result as a JSON document, which `read_results` and `edmdistill compare` read."""

@@ -26,7 +26,7 @@ from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.decode import LatentDecoder, open_decoder
-from edmdistill.trigflow import time_to_sigma
+from edmdistill.trigflow import time_to_sigma, written_levels
 
 HELD = """
 `vae` holds {name}, which decodes the latents; it has a licence of its own (sha256 {sha256}).
@@ -111,7 +111,10 @@ def export(
     elif config.latent and target.without_vae is not None:
         readme += target.without_vae(config)
     generator = Generator(flow, config)
-    levels = {str(nfe): time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist() for nfe in range(1, 9)}
+    levels = {
+        str(nfe): written_levels(time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist())
+        for nfe in range(1, 9)
+    }
     with atomic_write(out) as folder, torch.no_grad():
         folder.mkdir()
         if held_vae is not None:

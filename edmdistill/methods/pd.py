@@ -70,7 +70,7 @@ class PD(GuidedMethod[PDConfig]):
 
     @classmethod
     def schedule(cls, config: PDConfig, noise: NoiseRange) -> tuple[float, ...]:
-        return tuple(time_to_sigma(step_times(config.steps, noise)[:-1], noise.sigma_data).tolist())
+        return noise.sigma_max, *time_to_sigma(step_times(config.steps, noise)[1:-1], noise.sigma_data).tolist()
 
     @classmethod
     def check_stage(cls, config: PDConfig, steps: int) -> str | None:

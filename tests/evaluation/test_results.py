@@ -53,6 +53,15 @@ def test_of_each_protocol_and_sampler_the_latest_stays(rounds: list[list[Result]
     assert replace(config, results=()) == EMPTY
 
 
+def test_levels_stand_there_as_they_were_given():
+    """The sampler has them by times, or in float32."""
+    sampler = SamplerRecord(solver="gamma", nfe=2, gamma=0.0, sigmas=(80.00000000000027, 0.30000001192092896))
+    given = replace(sampler, sigmas=(80.0, 0.3))
+    assert measured(OTHER, sampler, 1.0).sampler == given
+    config = add_results(add_results(EMPTY, [measured(OTHER, sampler, 2.0)]), [measured(OTHER, given, 1.0)])
+    assert results_in_config(config) == [measured(OTHER, given, 1.0)]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GENERATOR, tmp_path / "run" / "generator"))

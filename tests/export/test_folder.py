@@ -35,7 +35,7 @@ def test_the_manifest_and_the_readme(tmp_path: Path) -> None:
     for nfe, sigmas in document["sigmas"].items():
         assert sigmas == pytest.approx(sorted(sigmas, reverse=True))
         assert (len(sigmas), sigmas[0]) == (int(nfe), pytest.approx(2.5))
-    assert document["sigmas"]["2"] == pytest.approx([2.5, 0.7])
+    assert document["sigmas"]["2"] == [2.5, 0.7]  # also after a way to time and back
     text = (tmp_path / "out" / "README.md").read_text()
     assert "secret" not in text
     assert "*b" not in text.replace(r"\*b", "")

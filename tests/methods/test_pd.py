@@ -111,6 +111,7 @@ def test_of_many_steps_the_minimum_is_the_flow_itself() -> None:
 
 def test_the_levels_are_every_second_of_the_teachers() -> None:
     of = {steps: PD.schedule(PDConfig(steps=steps), NOISE) for steps in (1, 2, 4, 8)}
+    assert {levels[0] for levels in of.values()} == {NOISE.sigma_max}
     for steps in (1, 2, 4):
         assert of[2 * steps][::2] == pytest.approx(of[steps])
     assert of[1] == pytest.approx((80.0,))
