@@ -175,7 +175,7 @@ class Dataset:
             return
         if self._labels is None or self.label_dim > label_dim:
             first = "; its labels begin at 1: subtract 1 from each" if self._labels_start_at_one() else ""
-            folders = f": {self._folders_to_classes()}" if self._folders_to_classes() else ""
+            folders = f": {self.folders_to_classes}" if self.folders_to_classes else ""
             raise DatasetError(
                 f"{self.name} has {self.label_dim or 'no'} classes, but the network has {label_dim}, 0 to "
                 f"{label_dim - 1}{first or folders or ': give data with these classes'}"
@@ -186,8 +186,9 @@ class Dataset:
                 self.note(f"{self.name}: class {i} is {ours!r} there, and {theirs!r} to the network.")
                 break
 
-    def _folders_to_classes(self) -> str:
-        """Returns how the top folders of a set without classes become its classes; empty where they hardly are any."""
+    @property
+    def folders_to_classes(self) -> str:
+        """How the top folders of a set without classes become its classes; empty where they hardly are any."""
         folders = 0 if self._labels is not None or self.latent else class_folders(self.files)
         command = f"`edmdistill data prepare {shlex.quote(self.name)} OUT.zip --labels folders`"
         return f"{command} makes its {folders:,} top folders classes" if folders else ""
@@ -202,7 +203,7 @@ class Dataset:
                 f"{self.name} has labels from 1 to {self.label_dim - 1}, but classes are counted from 0: subtract 1 "
                 "from each label in dataset.json"
             )
-        if folders := self._folders_to_classes():
+        if folders := self.folders_to_classes:
             self.note(f"{self.name} has no classes, so the network will have none; {folders}.")
 
     @cached_property

@@ -113,6 +113,7 @@ def inspect_data(
     mean, std, std_all = _moments(data, batch, on_progress)
     embedded = EMBEDDED.get(data.name)
     names = data.label_names or []
+    hint = data.folders_to_classes  # a teacher takes the set as it is, or its misfit says this
     classes = tuple(
         ClassCount(label=label, name=names[label] if label < len(names) else None, images=count)
         for label, count in enumerate(data.class_counts)
@@ -134,7 +135,7 @@ def inspect_data(
         turned=len(data.turned),
         left_out={} if embedded else read_contents(open_files(Path(source))).left_out,
         prepared=None if data.prepared is None else dict(data.prepared),
-        notes=tuple(data.notes),
+        notes=(*data.notes, *([f"{data.name} has no classes; {hint}."] if hint and teacher is None else [])),
         fingerprint=data.fingerprint,
         credit=embedded.credit if embedded else None,
     )

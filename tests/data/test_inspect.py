@@ -2,15 +2,19 @@
 
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from golden_set import GOLDEN
 from picture_files import encoded, saved, write_folder, write_zip
 from PIL import Image
 
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
+from edmdistill.cli import main
 from edmdistill.data.inspect import DataSummary, inspect_data, to_json, to_text
 from edmdistill.data.prepare import prepare_data
 from edmdistill.embedded import EMBEDDED
@@ -134,6 +138,21 @@ def test_a_set_without_classes_lacks_none(tmp_path: Path) -> None:
     assert "classes      none" in text
     assert "missing" not in text
     assert "left out     nothing" in text
+
+
+@pytest.mark.parametrize("folders", [("cat", "dog"), ("00000", "00001")])
+def test_what_makes_classes_of_folders(folders: tuple[str, str], tmp_path: Path) -> None:
+    files = {f"{folder}/{i}.png": encoded(i, 16, 16) for folder in folders for i in range(2)}
+    source = write_folder(tmp_path / "a set", files)
+    text = to_text(inspect_data(source))
+    advice = re.findall(r"`edmdistill data (prepare .*)` makes its 2 top folders classes", text)
+    assert bool(advice) == (folders == ("cat", "dog"))  # numbered ones are how EDM's tool shares files out
+    for command in advice:
+        arguments = ["data", *shlex.split(command.replace("OUT.zip", str(tmp_path / "out.zip")))]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+        assert [entry.name for entry in inspect_data(tmp_path / "out.zip").classes] == [*folders]
+    misfit = to_text(inspect_data(source, teacher=PIXELS))
+    assert misfit.count("makes its 2 top folders classes") == len(advice)
 
 
 def test_an_embedded_set_has_its_credit() -> None:
