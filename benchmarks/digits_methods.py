@@ -67,7 +67,7 @@ GAN = (  # in the last third, where the scores are on too
     'method.gan_loss="relativistic"',
     "method.gan_warmup_images=6400",
     "method.gan_channels=32",
-    'method.augment=["translation"]',
+    'method.gan_augment=["translation"]',
     "training.lr_by_role.discriminator=1e-3",
 )
 LAGRANGIAN = (  # over AYF's intervals, all of some length

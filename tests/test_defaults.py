@@ -47,7 +47,7 @@ def test_only_what_differs_is_named() -> None:
 @pytest.mark.parametrize(
     ("recipe", "sets", "sentence", "way_out"),
     [
-        ("ctm/digits-gan", ["method.gan=0"], "gan_channels and augment have no effect", ["method.gan=1"]),
+        ("ctm/digits-gan", ["method.gan=0"], "gan_channels and gan_augment have no effect", ["method.gan=1"]),
         ("fmd/digits-tangents", ["method.objective=lagrangian"], "warmup_images has", ["method.warmup_images=0"]),
         ("cosim/digits", ["method.R=8"], 'with order = "t", R has no effect', ["method.R=4"]),
         ("diffusion/digits", ["sampling.gamma=0"], "[sampling]: with method.name", ["sampling.gamma=1.0"]),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.features.perceptual import make_discriminator, make_features
-from edmdistill.methods.augmentation import Augmentation, augment
 from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn, WatchedFunction
+from edmdistill.methods.diff_augment import Augmentation, augment
 from edmdistill.methods.gan_losses import GAN_LOSSES, GANWeight, gan_signals
 from edmdistill.methods.weighting import Balance, balanced_sum
 from edmdistill.networks.flow import FlowNetwork
@@ -32,7 +32,7 @@ class GANConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the adversarial loss starts")] = 0
     gan_channels: Annotated[int, Meta(ge=1, le=100_000, description="channels of the mixed feature maps")] = 64
     features: Annotated[tuple[str, ...], Meta(description="TorchScript feature networks; none = random features")] = ()
-    augment: Annotated[tuple[Augmentation, ...], Meta(description="augmentations of the discriminator's input")] = (
+    gan_augment: Annotated[tuple[Augmentation, ...], Meta(description="augmentations of the discriminator's input")] = (
         "color",
         "translation",
         "cutout",
@@ -44,7 +44,7 @@ class GANConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             refuse_idle(self, (*GAN_OPTIONS, "balance"), "gan = 0", "set gan above 0")
 
 
-GAN_OPTIONS = "gan_loss", "gan_penalty", "gan_warmup_images", "gan_channels", "features", "augment"
+GAN_OPTIONS = "gan_loss", "gan_penalty", "gan_warmup_images", "gan_channels", "features", "gan_augment"
 """What an adversary alone reads."""
 
 
@@ -73,7 +73,7 @@ class Adversary:
 
     def __init__(self, networks: Mapping[str, Any], config: GANConfig) -> None:
         self.features, self.discriminator = networks["features"], networks["discriminator"]
-        self.loss, self.augmentations = GAN_LOSSES[config.gan_loss], config.augment
+        self.loss, self.augmentations = GAN_LOSSES[config.gan_loss], config.gan_augment
         self.penalty = self.loss.penalty if config.gan_penalty is None else config.gan_penalty
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from edmdistill.draws import Draws
+from edmdistill.methods.augment_pipe import AugmentConfig, augmented, told
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
 from edmdistill.methods.noising import noised
 from edmdistill.methods.weighting import adaptive
 from edmdistill.schedules import lognormal_times
 
 
-class DiffusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DiffusionConfig(AugmentConfig, frozen=True, forbid_unknown_fields=True):
     P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma)")] = -1.2
     P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 1.2
     weighting: Annotated[
@@ -37,6 +37,10 @@ class Diffusion(Method[DiffusionConfig]):
         super().__init__(config, networks, noise)
         self.teacher = networks["teacher"]
 
+    @classmethod
+    def roles_for(cls, config: DiffusionConfig) -> dict[str, Role]:
+        return {"teacher": told(cls.roles["teacher"], config)}
+
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("teacher", self.velocity_loss),)
 
@@ -45,13 +49,14 @@ class Diffusion(Method[DiffusionConfig]):
 
         Source: EDM, eq. 2 and 8; sCM, eq. 4 and 25, appendix D with w = -u.
         """
-        sigma_data = self.noise.sigma_data
+        batch, sigma_data = augmented(batch, draws, self.config), self.noise.sigma_data
+        teacher = batch.tell(self.teacher)
         t = lognormal_times(draws, sigma_data, P_mean=self.config.P_mean, P_std=self.config.P_std)
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         target = v / sigma_data
         if self.config.weighting == "none":
-            F = self.teacher(x_t, t, batch.labels)
+            F = teacher(x_t, t, batch.labels)
             return Loss((F - target).square().flatten(1).sum(1), t)
-        F, u = self.teacher(x_t, t, batch.labels, u_at=(t,))
+        F, u = teacher(x_t, t, batch.labels, u_at=(t,))
         error = F - target
         return Loss(adaptive(error, u), t, {"velocity_error": error.detach().square().mean()})

@@ -21,18 +21,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods.augment_pipe import AugmentConfig, augmented, told
 from edmdistill.methods.base import Batch, Loss, Method, Role, Sampling, SecondGain, Turn
 from edmdistill.methods.moment_matching import PATHS, elbo_weight, squared_mmd
 from edmdistill.trigflow import ddim_step, denoised, diffuse
 
 
-class IMMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class IMMConfig(AugmentConfig, frozen=True, forbid_unknown_fields=True):
     particles: Annotated[int, Meta(ge=1, le=1024, description="M, images that share t, r and s; divides the batch")] = 4
     path: Annotated[Literal["ot-fm", "cosine"], Meta(description="path on whose time t and s are uniform")] = "ot-fm"
     k: Annotated[float, Meta(ge=0, le=40, description="r is 2^-k of the range of sigma / alpha below t")] = 12.0
@@ -48,7 +48,7 @@ class IMM(Method[IMMConfig]):
 
     @classmethod
     def roles_for(cls, config: IMMConfig) -> dict[str, Role]:
-        return {"generator": cls.roles["generator"]._replace(second_gain=config.s_gain)}
+        return {"generator": told(cls.roles["generator"], config)._replace(second_gain=config.s_gain)}
 
     @classmethod
     def group_size(cls, config: IMMConfig) -> int:
@@ -63,7 +63,9 @@ class IMM(Method[IMMConfig]):
 
     def moment_matching_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns each particle's part of L, whose mean is L."""
-        config, generator, sigma_data = self.config, self.networks["generator"], self.noise.sigma_data
+        config, sigma_data = self.config, self.noise.sigma_data
+        batch = augmented(batch, draws, config)
+        generator = batch.tell(self.networks["generator"])
         t, s, r = (time.repeat_interleave(config.particles) for time in self.draw_times(draws))
         z = draws.normal_like(batch.x0, sigma_data)
         with torch.no_grad():  # so that both share the dropout of the next pass

@@ -8,15 +8,31 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from edmdistill.draws import Draws
+from edmdistill.methods.augment_pipe import LABELS, Augment, Augmentations, augmented, check_augment, told
+from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.flow_map import FlowMap, FlowMapConfig
 
 
 class MeanFlowConfig(FlowMapConfig, frozen=True, forbid_unknown_fields=True):
-    """Nothing beside the options of flow maps."""
+    augment: Augment = 0.0
+    augmentations: Augmentations = tuple(LABELS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_augment(self)
 
 
 class MeanFlow(FlowMap[MeanFlowConfig]):
     Config = MeanFlowConfig
+
+    @classmethod
+    def roles_for(cls, config: MeanFlowConfig) -> dict[str, Role]:
+        roles = super().roles_for(config)
+        return roles | {"generator": told(roles["generator"], config)}
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        return super().generator_loss(augmented(batch, draws, self.config), draws)
 
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
         """Returns cos(t) z - sin(t) x0.  It takes the place of MeanFlow's e - x."""

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, NoiseRange, Sampling
+from edmdistill.methods.augment_pipe import AugmentConfig, told
+from edmdistill.methods.base import Batch, Loss, NoiseRange, Role, Sampling
 from edmdistill.methods.noising import one_step
 from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.weighting import mean_rms
@@ -30,7 +30,7 @@ Alpha = Annotated[float, Meta(gt=0, description="weight of the squared score gap
 Weight = Annotated[Literal["sid", "c_out"], Meta(description="weighting of the generator's loss over s")]
 
 
-class OneStepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class OneStepConfig(AugmentConfig, frozen=True, forbid_unknown_fields=True):
     """The options that SiD and SiDA share."""
 
     sigma_init: Annotated[float, Meta(gt=0, description="noise level at which the generator starts")] = 2.5
@@ -51,6 +51,10 @@ class OneStep(ScoreDistillation[OneStepT]):
 
     noise_levels = ("sigma_init",)
     splits_loss = True
+
+    @classmethod
+    def roles_for(cls, config: OneStepT) -> dict[str, Role]:
+        return {name: role if name == "generator" else told(role, config) for name, role in cls.roles.items()}
 
     @classmethod
     def sampling(cls, config: OneStepT) -> Sampling:

@@ -15,6 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods.augment_pipe import augmented
 from edmdistill.methods.base import Batch, Loss
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import SCORES
@@ -32,16 +33,14 @@ class SiD(OneStep[SiDConfig]):
     roles = SCORES
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns denoising score matching on generated images.  Source: SiD, eq. 8 (coef .5).
-
-        Differs: generated images are not augmented.
-        """
+        """Returns denoising score matching on generated images.  Source: SiD, eq. 8 (coef .5)."""
         config, sigma_data, beta = self.config, self.noise.sigma_data, 1 / (2 * self.config.coef)
         with torch.no_grad():
             s = lognormal_times(draws, sigma_data, P_mean=config.P_mean, P_std=config.P_std)
-            x_s, v = noised(self.generate(batch, draws), s, draws, sigma_data)
-            F_teacher = self.teacher(x_s, s, batch.labels) if beta < 1 else 0.0
-        F_aux = self.auxiliary(x_s, s, batch.labels)
+            generated = augmented(batch._replace(x0=self.generate(batch, draws)), draws, config)
+            x_s, v = noised(generated.x0, s, draws, sigma_data)
+            F_teacher = generated.tell(self.teacher)(x_s, s, batch.labels) if beta < 1 else 0.0
+        F_aux = generated.tell(self.auxiliary)(x_s, s, batch.labels)
         return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, beta=beta)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
+from edmdistill.methods.augment_pipe import augmented
 from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, gan_signals
 from edmdistill.methods.noising import noised
@@ -38,6 +39,7 @@ class SiDAConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the generator is judged")] = 200_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gan:
             refuse_idle(self, ("gan_warmup_images",), "gan = 0", "set gan above 0")
         if self.exponent > 80:  # float32 ends at e^88
@@ -60,16 +62,17 @@ class SiDA(OneStep[SiDAConfig]):
         """Returns denoising score matching on generated images, plus the loss of the logits.
 
         Differs: the code weighs the latter by the batch mean of EDM's weight 1/sigma^2 + 1/sigma_d^2, whose expectation
-            is used here; all is times sigma_d^2, as in SiD; images are not augmented, nor gradients clipped.
+            is used here; all is times sigma_d^2, as in SiD; gradients are not clipped.
         """
         config, sigma_data = self.config, self.noise.sigma_data
         with torch.no_grad():
-            g = self.generate(batch, draws)
+            generated = augmented(batch._replace(x0=self.generate(batch, draws)), draws, config)
+            data = augmented(batch, draws, config)
         s = lognormal_times(draws, sigma_data, P_mean=config.P_mean, P_std=config.P_std)
-        z = draws.normal_like(g, sigma_data)
-        F_aux, fake = self.auxiliary(diffuse(g, z, s), s, batch.labels, logits="also")
-        real = self.auxiliary(diffuse(batch.x0, z, s), s, batch.labels, logits="alone")
-        loss = auxiliary_loss(F_aux, 0.0, velocity(g, z, s), s, sigma_data=sigma_data, beta=1.0)
+        z = draws.normal_like(batch.x0, sigma_data)
+        F_aux, fake = generated.tell(self.auxiliary)(diffuse(generated.x0, z, s), s, batch.labels, logits="also")
+        real = data.tell(self.auxiliary)(diffuse(data.x0, z, s), s, batch.labels, logits="alone")
+        loss = auxiliary_loss(F_aux, 0.0, velocity(generated.x0, z, s), s, sigma_data=sigma_data, beta=1.0)
         mean_weight = math.exp(config.exponent) + sigma_data**-2
         judged = config.gan_auxiliary * sigma_data**2 * mean_weight / 2 * NON_SATURATING.discriminator(real, fake)
         return loss._replace(value=loss.value + judged, signals=gan_signals(real, fake))

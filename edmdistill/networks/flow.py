@@ -35,7 +35,7 @@ class FlowNetwork(nn.Module):
         compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
         draws: random numbers of the current rows, for dropout in training; None = torch's global generator.
         sigma_data, sigma_min, sigma_max: of the preconditioning.
-        img_resolution, img_channels, label_dim, two_time, guided: of the network.
+        img_resolution, img_channels, label_dim, two_time, guided, augment_dim: of the network.
         label_dropout: fraction of training in which the network was given no class, in [0, 1]; default: the network's
             argument, 0 for EDM2, which has none.
     """
@@ -60,6 +60,7 @@ class FlowNetwork(nn.Module):
         self.label_dim = network.label_dim
         self.two_time = network.two_time
         self.guided = network.guided
+        self.augment_dim: int = network.arguments.get("augment_dim") or 0
         self.label_dropout: float = network.label_dropout if label_dropout is None else label_dropout
 
     @property
@@ -88,6 +89,7 @@ class FlowNetwork(nn.Module):
         w: Tensor | None = None,
         logits: Judgment = "none",
         features: bool = False,
+        augment_labels: Tensor | None = None,
     ) -> Conditioning:
         """Returns what the network reads beside x, in its dtypes.  Noise levels of any shape, labels as in forward"""
         if w is None and self.guided:
@@ -96,6 +98,7 @@ class FlowNetwork(nn.Module):
             c_noise.flatten().to(self.dtype),
             None if labels is None or not self.label_dim else class_vectors(labels, self.label_dim),
             None if c_noise_second is None else c_noise_second.flatten().to(self.dtype),
+            augment_labels,
             c_logvar=tuple(c.flatten().to(self.dtype) for c in c_logvar),
             guidance_weight=None if w is None else w.flatten().to(x.device, self.dtype),
             dropout_keys=self.dropout_keys(x) if self.training else None,
@@ -138,6 +141,7 @@ class FlowNetwork(nn.Module):
         logits: Judgment = "none",
         features: bool = False,
         along: tuple[Tensor, ...] = (),
+        augment_labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Returns F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss.
 
@@ -157,9 +161,10 @@ class FlowNetwork(nn.Module):
             features: whether the encoder's are returned alone: [B,C,h,w] from each level, the bottleneck last.
             along: dx and dt, of the shapes of x_t and t, and dsecond of that of second, which without it is constant.
                 Not with logits or features.
+            augment_labels: how x_t was augmented, for a network with augment_dim; None = it was not.  [B,augment_dim]
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
-        Raises: ValueError: a second time or w for a network without, or a label out of range; shapes differ; a
-            direction has a gradient, or torch's own forward-mode differentiation is active.
+        Raises: ValueError: a second time, w or augment_labels for a network without, or a label out of range; shapes
+            differ; a direction has a gradient, or torch's own forward-mode differentiation is active.
             NotImplementedError: the network has fewer heads for log variances.
             TrainingError: along a time, an iDDPM network, which has no derivative there.
         """
@@ -168,13 +173,15 @@ class FlowNetwork(nn.Module):
             moving: list[Any] = [Dual(x_t, dx), Dual(t, dt), labels, second]
             if dsecond and second is not None:
                 moving[3] = Dual(second, *dsecond)
-            outputs: Any = self.forward(*moving, u_at=u_at, w=w)
+            outputs: Any = self.forward(*moving, u_at=u_at, w=w, augment_labels=augment_labels)
             F, *u = outputs if u_at else (outputs,)
             return F.value, F.tangent, *u
         if second is not None and not self.two_time:
             raise ValueError("the network takes one time, but two were given: add a second with add_second_time")
         if w is not None and not self.guided:
             raise ValueError("the network takes no guidance weight, but one was given: add it with add_guidance")
+        if augment_labels is not None and not self.augment_dim:
+            raise ValueError("the network takes no augmentation labels, but some were given: make it with augment_dim")
         x_t = x_t.to(self.dtype)
         t = self.clamp(t, x_t)
         *coefficients, c_noise = self.preconditioning.trigflow(t)
@@ -184,7 +191,9 @@ class FlowNetwork(nn.Module):
         if second is not None:
             c_noise_second = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
         c_logvar = tuple(logvar_c_noise(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
-        condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w, logits, features)
+        condition = self.conditioning(
+            x_t, c_noise, labels, c_noise_second, c_logvar, w, logits, features, augment_labels
+        )
         if logits == "alone" or features:
             judged: Tensor | tuple[Tensor, ...] = self.network((c * x_t).to(self.activation_dtype), condition)
             return judged

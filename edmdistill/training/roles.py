@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from edmdistill.errors import TrainingError
+from edmdistill.errors import TrainingError, counted
 from edmdistill.machine.compile import compile_blocks
 from edmdistill.machine.engine import Engine
 from edmdistill.machine.offload import offload
@@ -55,6 +55,12 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
     """Returns a role's network: a copy of `flow` with the inputs and heads that the role needs, or one made for it."""
     if role.make is not None:
         return role.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
+    if role.augment_dim and role.augment_dim != flow.augment_dim:
+        raise TrainingError(
+            f"method.augment tells the network of augmentations in {counted(role.augment_dim, 'number')}, but it "
+            f"reads {flow.augment_dim or 'none'}: leave method.augment out, or, for a network that the run makes, set "
+            f"network.arguments.augment_dim = {role.augment_dim}"
+        )
     network = add_second_time(flow) if role.two_time else drop_second_time(flow)
     if role.second_gain and network.network.second_time is not None:
         nn.init.constant_(network.network.second_time.gain, role.second_gain)

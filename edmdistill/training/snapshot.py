@@ -89,7 +89,7 @@ def save_role_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> Non
     network = run.ema.network
     if not run.has_grids:
         return
-    x0, labels, _ = run.stream().read(0, COLUMNS)
+    x0, labels, *_ = run.stream().read(0, COLUMNS)
     z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
     last = sigma_to_time(network.sigma_max, network.sigma_data).to(x0.device)
     networks = {name: run.networks[name] for name, role in run.recipe.roles.items() if role.ema_of is None}

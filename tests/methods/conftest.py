@@ -27,13 +27,14 @@ NUMBERS = math.prod(SHAPE)
 
 
 class Tiny(nn.Module):
-    """F(x_t, t, labels[, second][, w]) of less than a hundred random weights, smooth in all that it reads; and u(t)."""
+    """F(x_t, t, labels[, second][, w][, a]) of some random weights, smooth in all that it reads; and u(t)."""
 
     def __init__(self, role: Role, dtype: torch.dtype) -> None:
         super().__init__()
-        self.two_time, self.guided = role.two_time, role.guided
+        self.two_time, self.guided, self.augment_dim = role.two_time, role.guided, role.augment_dim
         self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
-        self.hidden = nn.Linear(NUMBERS + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
+        inputs = NUMBERS + 2 + LABELS + 2 * role.two_time + role.guided + role.augment_dim
+        self.hidden = nn.Linear(inputs, 5, dtype=dtype)
         self.out = nn.Linear(5, NUMBERS, dtype=dtype)
         self.judge = nn.Linear(5, 1, dtype=dtype) if role.head == "bottleneck" else nn.Identity()
 
@@ -49,17 +50,23 @@ class Tiny(nn.Module):
         logits="none",
         features=False,
         along=(),
+        augment_labels=None,
     ):
         if along:
             moving = (x_t, t) if second is None else (x_t, t, second)
             u = (self.head(self.read(at, x_t))[:, head] for head, at in enumerate(u_at))
-            return answer(lambda x, t, *s: self(x, t, labels, *s, w=w), moving, along, *u)
+            return answer(
+                lambda x, t, *s: self(x, t, labels, *s, w=w, augment_labels=augment_labels), moving, along, *u
+            )
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
         assert (w is not None) == self.guided
+        assert augment_labels is None or self.augment_dim
         labels = x_t.new_zeros(len(x_t), LABELS) if labels is None else labels
         more = [self.read(second, x_t)] if second is not None else []
         more += [w[:, None].to(x_t.dtype)] if w is not None else []
+        if self.augment_dim:
+            more += [x_t.new_zeros(len(x_t), self.augment_dim) if augment_labels is None else augment_labels]
         hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, self.read(t, x_t), labels, *more], 1)).tanh()
         if features:
             return self.out(hidden)[:, :, None, None], hidden[:, :, None, None]

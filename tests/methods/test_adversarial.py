@@ -9,8 +9,8 @@ import torch
 from edmdistill.draws import Draws
 from edmdistill.methods import METHODS
 from edmdistill.methods.adversarial import Adversary, GANConfig
-from edmdistill.methods.augmentation import AUGMENTATIONS, augment
 from edmdistill.methods.base import NoiseRange
+from edmdistill.methods.diff_augment import AUGMENTATIONS, augment
 from edmdistill.methods.distances import DISTANCES
 
 Make = Callable[..., Any]
@@ -28,7 +28,7 @@ def test_the_relativistic_loss_pairs_images_and_penalizes_both_slopes() -> None:
     weight = torch.randn(12, 2, dtype=torch.float64, requires_grad=True) / 3
     networks = {"features": torch.nn.Identity(), "discriminator": lambda maps: critic(maps, weight)}
     for gamma in (None, 0.0, 0.3):
-        config = GANConfig(gan=1.0, gan_loss="relativistic", gan_penalty=gamma, augment=())
+        config = GANConfig(gan=1.0, gan_loss="relativistic", gan_penalty=gamma, gan_augment=())
         adversary, expected, generator = Adversary(networks, config), [], []
         for x, g in zip(real, fake, strict=True):
             x, g = x[None].requires_grad_(), g[None].requires_grad_()

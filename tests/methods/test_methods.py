@@ -36,9 +36,14 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "fmd, lagrangian": {"objective": "lagrangian"},
     "imm": {"particles": 2},
     "ladd": {"levels": (2.5,), "r1": 1.0},
+    "diffusion, augmented": {"augment": 1.0, "weighting": "adaptive"},
+    "mean-flow, augmented": {"augment": 1.0, "augmentations": ("xflip", "scale", "translation")},
+    "imm, augmented": {"augment": 1.0, "particles": 2},
+    "sid, augmented": {"augment": 1.0, "augmentations": ("scale", "rotation"), "coef": 0.7},
+    "sida, augmented": {"augment": 1.0},
 }
 """Every method with its defaults, and with options that add roles."""
-ALIKE = {"sida", "dmd2, f-distill", "fmd, gan", "dscd, gan", "scd, vsd, guided and gan"}
+ALIKE = {"sida", "sida, augmented", "dmd2, f-distill", "fmd, gan", "dscd, gan", "scd, vsd, guided and gan"}
 """Those whose turns are like another's: dmd2's, and an adversary beside cosim."""
 pytestmark = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in OPTIONS]

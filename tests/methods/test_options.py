@@ -18,8 +18,9 @@ FILES = {"features", "lpips"}
 LISTS: dict[str, list[Any]] = {
     "levels": [[2.5], [10.0, 1.0]],
     "guidance": [[1.0, 3.0], [2.0, 2.0]],
-    "augment": [["color"], []],
+    "gan_augment": [["color"], []],
     "gan_penalty": [0.7],
+    "augmentations": [["yflip", "scale"]],
     "N": [6, 9],
 }
 TIGHTER = {"imm": {"k", "min_gap"}, "ect": {"q"}}

@@ -61,7 +61,7 @@ def test_a_finite_difference_is_the_tangent_up_to_h_squared() -> None:
 
 
 def test_tangents_are_of_the_same_class_and_log_variances(tiny_networks, tiny_batch) -> None:
-    x, labels, _ = tiny_batch(5)
+    x, labels, *_ = tiny_batch(5)
     network, dx = with_inputs(tiny_networks(FMD)["generator"], second=TIMES / 2), torch.cos(2 * x)
     exact, near = (
         tangent(network, x, TIMES, labels, dx, torch.ones_like(TIMES), (TIMES, TIMES / 2))

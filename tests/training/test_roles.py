@@ -7,6 +7,8 @@ import torch
 from toy_runs import TABLES
 
 from edmdistill.checkpoints.store import load_checkpoint
+from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
@@ -14,7 +16,9 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.rebuild import rebuild
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.recipes.schema import Recipe
+from edmdistill.training.prepare import prepare
 from edmdistill.training.roles import build_roles
+from edmdistill.training.session import train
 
 
 def test_the_auxiliary_score_reads_t_by_the_recipes_gain(teacher) -> None:
@@ -91,3 +95,25 @@ def test_a_frozen_teacher_keeps_half_of_its_bytes_and_all_bits_of_its_results(ki
         lambda network: network.tangent(x, t, labels, dx, torch.ones(3))[1],
     ):
         assert torch.equal(of(teacher), of(wide))
+
+
+def test_a_network_that_cannot_be_told_of_augmentation_is_refused(teacher) -> None:
+    recipe = Recipe.from_tables(TABLES | {"method": {"name": "sid", "augment": 0.1}}, "a test")
+    with pytest.raises(
+        TrainingError, match=r"in 9 numbers, but it reads none: .* set network.arguments.augment_dim = 9"
+    ):
+        build_roles(recipe, load_checkpoint(teacher)[0])
+
+
+@pytest.mark.parametrize("method", ["diffusion", "mean-flow"])
+def test_a_network_of_the_runs_own_learns_from_augmented_images(method, tmp_path) -> None:
+    """By mean-flow through exact tangents, too."""
+    arguments = {"model_channels": 32, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "augment_dim": 6}
+    options = {"name": method, "augment": 0.9, "augmentations": ["xflip", "scale", "anisotropy", "translation"]}
+    tables = {"network": {"kind": "song", "arguments": arguments | {"positional_time": True}}, "method": options}
+    recipe = Recipe.from_tables(TABLES | tables, "a test")
+    run = prepare(recipe, data="digits", machine=Machine(device="cpu"))
+    before = run.ema.network.network.map_augment.weight.clone()
+    train(run, tmp_path, on_message=lambda sentence: None)
+    after = load_checkpoint(tmp_path / "generator")[0].network
+    assert (after.map_augment.weight != before).any(0).all()  # every label, the mirror's as well
