@@ -21,13 +21,12 @@ from types import FrameType
 
 from edmdistill.errors import TrainingError, counted
 from edmdistill.machine.host import cores
+from edmdistill.machine.signals import ECHO
 
 LAUNCHER = "EDMDISTILL_LAUNCHER"
 """Holds the process id of `launch` in the processes that it started."""
 
 TICK = 0.05
-ECHO = 0.5
-"""Seconds in which a repeated signal counts as one: `timeout` and process managers signal a process and its group."""
 SETTLE = 1.0
 """Seconds that the other processes have to exit by themselves, with their own messages, after one has failed."""
 GRACE = 5.0

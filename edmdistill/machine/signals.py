@@ -11,7 +11,8 @@ from types import FrameType
 
 REQUESTS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 ECHO = 0.5
-"""Seconds within which a second signal is an echo of the first: some services signal a process and its launcher."""
+"""Seconds within which a second signal is an echo of the first: `timeout` and some services signal a process and its
+launcher, or its group."""
 
 
 @contextmanager
