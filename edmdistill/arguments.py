@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.torch_state import torch_as_it_starts
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,9 +36,10 @@ _NUMBERS: dict[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function: it raises EdmDistillError where an argument is not what its annotation says.
+    """Decorates a public function: it raises EdmDistillError where an argument is not what its annotation says.
 
-    It gets numpy's numbers as Python's, and an array or a tensor as a list unless it takes tensors.
+    It gets numpy's numbers as Python's, and an array or a tensor as a list unless it takes tensors. What the user told
+    torch has no effect in it, see `torch_as_it_starts`.
     """
     expected = signature(function)
 
@@ -50,7 +52,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         hints = _hints(function)  # not before: its module may be incomplete
         for name, value in given.arguments.items():
             given.arguments[name] = required(value, hints.get(name, Any), f"{function.__name__}: {name}")
-        return function(*given.args, **given.kwargs)
+        with torch_as_it_starts():
+            return function(*given.args, **given.kwargs)
 
     return wrapped
 

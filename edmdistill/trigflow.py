@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edmdistill.torch_state import as_tensor
 from edmdistill.transfer import is_gpu
 
 
@@ -25,7 +26,7 @@ def sigma_to_time(sigma: Tensor | float, sigma_data: float) -> Tensor:
 
     sigma: in [0, inf], any shape.  Source: sCM, section 3.
     """
-    return torch.atan(torch.as_tensor(sigma, dtype=torch.float64) / sigma_data)
+    return torch.atan(as_tensor(sigma).to(torch.float64) / sigma_data)
 
 
 def time_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
@@ -33,7 +34,7 @@ def time_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
 
     t: in [0, pi/2), any shape.  Source: sCM, section 3.
     """
-    return torch.tan(torch.as_tensor(t, dtype=torch.float64)) * sigma_data
+    return torch.tan(as_tensor(t).to(torch.float64)) * sigma_data
 
 
 def written_levels(sigmas: Sequence[float]) -> tuple[float, ...]:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "edmdistill"
 LAYERS = (
     ("errors", "version"),
     ("optional", "progress", "pickles", "assets"),
-    ("arguments", "atomic", "defaults", "embedded", "jsonl"),
+    ("torch_state", "atomic", "defaults", "embedded", "jsonl"),
+    ("arguments",),
     ("stored_tensors",),
     ("archives",),
     ("transfer", "threads"),

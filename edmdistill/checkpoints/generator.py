@@ -14,6 +14,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.inputs import Classes, Level, classes_of, levels, require_earlier, require_images
 from edmdistill.schedules import generator_sigmas
+from edmdistill.torch_state import as_tensor
 from edmdistill.trigflow import sigma_to_time
 
 
@@ -86,7 +87,7 @@ class Generator(nn.Module):
                 raise EdmDistillError("this generator was trained for no range of guidance weights: leave w out")
             w = levels(w, "w", len(x_t))
         elif self.flow.guided:
-            w = torch.tensor(self.guidance[0])
+            w = as_tensor(self.guidance[0])
         return self.flow.jump(x_t, t, s, labels, w)
 
     @checked

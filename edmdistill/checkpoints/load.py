@@ -142,6 +142,7 @@ def read_first_stage(
     return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
 
 
+@checked
 def load_flow(
     source: str | Path | Source, weights: Weights = "ema", mapped: bool = True
 ) -> tuple[FlowNetwork, CheckpointConfig]:

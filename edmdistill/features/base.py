@@ -13,6 +13,7 @@ from torch import Tensor
 from edmdistill.arguments import shown
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.kernels.linear import tf32_allowed
+from edmdistill.torch_state import torch_as_it_starts
 
 
 class FeatureSpace(ABC):
@@ -97,6 +98,7 @@ def require_uint8(images: object, space: str) -> None:
 def exact_float32() -> Iterator[None]:
     """Computes in float32 as it is: without TF32, autocast and autotuned kernels, which move metrics by hardware."""
     with (
+        torch_as_it_starts(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edmdistill.errors import TrainingError, counted
 from edmdistill.features.base import to_rgb
 from edmdistill.features.script import ScriptFile
+from edmdistill.torch_state import seeded
 
 NUM_MAPS = 4
 """Number of feature maps that a network returns, the finest first."""
@@ -155,8 +156,7 @@ class MultiScaleDiscriminator(nn.Module):
 
 def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) -> ProjectedFeatures:
     """Returns projected features of the files, or of random networks if there are none; the seed draws all weights."""
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(seed)
+    with seeded(seed):
         networks: list[nn.Module] = [ScriptFeatures(file) for file in files]
         networks = networks or [RandomFeatures(like.shape[1])]
         return ProjectedFeatures(networks, like, channels)
@@ -164,6 +164,5 @@ def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) 
 
 def make_discriminator(networks: int, channels: int, seed: int) -> MultiScaleDiscriminator:
     """Returns a discriminator of the projected features of so many networks."""
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return MultiScaleDiscriminator(networks * NUM_MAPS, channels)

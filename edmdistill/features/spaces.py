@@ -77,7 +77,9 @@ def embedded_space(weights: str | Path) -> str:
     shapes = {name: tensor.shape for name, tensor in load_tensors(Path(weights))[0].items()}
 
     def fits(embedded: EmbeddedSet) -> bool:
-        return shapes == {name: tensor.shape for name, tensor in small_classifier(embedded).state_dict().items()}
+        with torch.device("meta"):
+            classifier = small_classifier(embedded)
+        return shapes == {name: tensor.shape for name, tensor in classifier.state_dict().items()}
 
     return next((name for name, embedded in EMBEDDED.items() if fits(embedded)), next(iter(EMBEDDED)))
 
@@ -94,7 +96,8 @@ class EmbeddedFeatures(FeatureSpace):
         self.sha256 = sha256_file(path)
         self.official = self.sha256 == sha256_file(self.embedded.features)
         self._device = device
-        self._net = small_classifier(self.embedded)
+        with torch.device("meta"):  # so that no random number is drawn
+            self._net = small_classifier(self.embedded)
         fill(self._net, tensors, str(path))
         # In float64, devices and batch sizes agree to all significant digits.
         self._net.to(device, torch.float64).requires_grad_(False)

@@ -27,10 +27,11 @@ def is_box(taps: Sequence[float]) -> bool:
     return len(taps) == 2 and taps[0] == taps[1]
 
 
-def separable(taps: Sequence[float]) -> Tensor:
+def separable(taps: Sequence[float], device: str | None = None) -> Tensor:
     """Returns the low-pass filter taps x taps, of sum 1.  An even number k of taps -> [1,1,k,k] float32"""
     total = sum(taps) ** 2
-    return torch.tensor([[[[row * column / total for column in taps] for row in taps]]], dtype=torch.float32)
+    products = [[row * column / total for column in taps] for row in taps]
+    return torch.tensor([[products]], dtype=torch.float32, device=device)
 
 
 def downsample(x: Tensor, kernel: Tensor | None = None, border: bool = True) -> Tensor:
@@ -67,7 +68,7 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         return upsample(conv2d(x, weight, bias))
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return conv2d(upsample(x), weight, bias)
-    taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=x.dtype)
+    taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=x.dtype, device="cpu")
     M, C, *_ = weight.shape
     sums = torch.kron(taps, taps) @ weight.to(x.dtype).permute(2, 3, 0, 1).reshape(9, M * C)
     return f.conv_transpose2d(x, sums.view(4, 4, M, C).permute(3, 2, 0, 1), bias, stride=2, padding=1)

@@ -103,7 +103,7 @@ class Block(ResidualBlock):
 
     def low_pass(self, x: Tensor) -> Tensor | None:
         """Returns the resampling filter, which the official state does not hold; None = the box filter."""
-        return None if is_box(self.resample_filter) else separable(self.resample_filter).to(x.device)
+        return None if is_box(self.resample_filter) else separable(self.resample_filter, "cpu").to(x.device)
 
     def attend(self, x: Tensor) -> Tensor:
         """Returns self-attention over pixels, with q, k, v at unit rms; channels are [heads, C/heads, 3]."""

@@ -18,6 +18,7 @@ from edmdistill.networks.base import Conditioning, Judgment, Network
 from edmdistill.networks.inputs import Classes, Level, class_vectors, classes_of, levels, require_images
 from edmdistill.networks.preconditioning import Preconditioning
 from edmdistill.networks.surgery.last_layer import LastLayer, watched
+from edmdistill.torch_state import as_tensor
 from edmdistill.transfer import to_device
 from edmdistill.trigflow import ddim_step, expand
 
@@ -117,7 +118,7 @@ class FlowNetwork(nn.Module):
         if self.draws is not None:
             return self.draws.dropout(advance=torch.is_grad_enabled(), times=x.shape[0] // len(self.draws))
         with torch.random.fork_rng([], enabled=not torch.is_grad_enabled()):
-            return to_device(torch.randint(2**62, x.shape[:1]), x.device)
+            return to_device(torch.randint(2**62, x.shape[:1], device="cpu"), x.device)
 
     def watch(self) -> AbstractContextManager[LastLayer]:
         """Records the last layer's calls while the context is open."""
@@ -304,4 +305,4 @@ class Denoiser(nn.Module):
 
     def round_sigma(self, sigma: Level) -> Tensor:
         """Returns the nearest noise level that the network supports, in sigma's shape and dtype."""
-        return self.flow.preconditioning.round_sigma(torch.as_tensor(sigma))
+        return self.flow.preconditioning.round_sigma(as_tensor(sigma))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.levels import Layer
+from edmdistill.torch_state import seeded
 
 HeadKind = Literal["bottleneck", "levels", "mean"]
 
@@ -72,8 +73,7 @@ HEADS: dict[HeadKind, Callable[[Sequence[Layer]], nn.Module]] = {
 
 def make_head(flow: FlowNetwork, seed: int, kind: HeadKind) -> nn.Module:
     """Returns a head for the features of the network; the seed draws its weights."""
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return HEADS[kind](flow.network.feature_layers)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edmdistill.arguments import shown
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.networks.base import Network
+from edmdistill.torch_state import as_tensor
 
 Level = Tensor | float | Sequence[float]
 """Times or noise levels: one, or one for each image.  [] or [B]"""
@@ -47,7 +48,7 @@ def label_vectors(labels: Classes, label_dim: int, count: int) -> Tensor:
         raise EdmDistillError("classes were given, but this network is unconditional: leave them out")
     fit = f"give one class, one for each, or vectors [{count}, {label_dim}]"
     try:
-        given = torch.as_tensor(labels)
+        given = as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise EdmDistillError(f"labels = {shown(labels)} are no classes, which are numbers from 0: {fit}") from error
     if given.shape == (count, label_dim):
@@ -97,7 +98,7 @@ def levels(value: Level, name: str, count: int | None) -> Tensor:
     """
     many = "several" if count is None else f"{count}, one for each image"
     try:
-        numbers = torch.as_tensor(value)
+        numbers = as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise EdmDistillError(f"{name} = {shown(value)} must be a number, or {many}") from error
     if count is not None and numbers.numel() not in (1, count):

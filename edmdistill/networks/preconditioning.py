@@ -172,7 +172,7 @@ class VP(NoisePrediction):
     @property
     def supported(self) -> tuple[float, float]:
         # float32, as the official attributes: samplers clamp to them.
-        t = torch.tensor([self.epsilon_t, 1.0])
+        t = torch.tensor([self.epsilon_t, 1.0], dtype=torch.float32, device="cpu")
         low, high = ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt().tolist()
         return low, high
 
@@ -207,9 +207,9 @@ def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
         raise ValueError(f"M, the number of iDDPM's noise levels, must be 1 to {MAX_LEVELS}, not {M}")
 
     def alpha_bar(j: int) -> Tensor:
-        return (0.5 * math.pi * torch.tensor(j, device="cpu") / M / (C_2 + 1)).sin() ** 2
+        return (0.5 * math.pi * torch.tensor(j, dtype=torch.float32, device="cpu") / M / (C_2 + 1)).sin() ** 2
 
-    u = torch.zeros(M + 1, device="cpu")
+    u = torch.zeros(M + 1, dtype=torch.float32, device="cpu")
     for j in range(M, 0, -1):
         u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar(j - 1) / alpha_bar(j)).clip(min=C_1) - 1).sqrt()
     return u

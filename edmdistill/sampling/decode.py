@@ -54,7 +54,7 @@ class LatentDecoder:
         """
         if not len(x0):
             size = x0.shape[-1] * self.vae.factor
-            return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+            return torch.zeros(0, 3, size, size, dtype=torch.uint8, device="cpu")
         scale, bias = (x0.new_tensor(values)[:, None, None] for values in (self.encoder.scale, self.encoder.bias))
         return self.vae.decode((x0 - bias) / scale, lambda pixels: self._rounded(pixels).cpu())
 

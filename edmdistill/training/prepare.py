@@ -24,6 +24,7 @@ from edmdistill.networks.arguments import validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.recipes.schema import Recipe
+from edmdistill.torch_state import seeded
 from edmdistill.training import checks
 from edmdistill.training.ema import Ema, profiles
 from edmdistill.training.loss_scale import LossScale
@@ -121,8 +122,8 @@ def read_sources(
     elif warm_start is not None and starts_from_init(recipe):
         flow, config = drop_second_time(warm_start.flow), warm_start.config
     elif recipe.network is not None:
-        torch.manual_seed(recipe.training.seed)
-        flow, config = make_network(recipe.network, dataset, name)
+        with seeded(recipe.training.seed):
+            flow, config = make_network(recipe.network, dataset, name)
         checks.require_time_of_network(recipe, flow)
     else:
         raise no_teacher(recipe)

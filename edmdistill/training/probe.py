@@ -53,7 +53,11 @@ class Probe:
         assert isinstance(network, FlowNetwork)
         shape = rows, network.img_channels, network.img_resolution, network.img_resolution
         labels = torch.empty(rows, network.label_dim, device="meta") if network.label_dim else None
-        loss = turn.whole(Batch(torch.empty(shape, device="meta"), labels, LATE), Draws(0, rows, device="meta"))
+        draws = Draws(0, rows, device="meta")
+        player = self.networks[turn.role]
+        if isinstance(player, FlowNetwork):
+            player.draws = draws  # of dropout, as in training
+        loss = turn.whole(Batch(torch.empty(shape, device="meta"), labels, LATE), draws)
         require_loss(loss, rows, f"{type(self.method).__name__}, the turn of {turn.role}")
         return loss
 

@@ -66,7 +66,9 @@ def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
         raise CheckpointError("this teacher reads two times: adapt the teacher that it was made from")
     sigma = training_sigmas(flow, 4096)
     old = copy.deepcopy(network.get_submodule(network.time_layers[0])).to("cpu", torch.float64)
-    W = fit(TimeEmbedding(1).features(sigma_to_time(sigma, flow.sigma_data)), old(edm.c_noise(sigma)))
+    with torch.device("meta"):  # for its features alone: no random number is drawn
+        embedding = TimeEmbedding(1)
+    W = fit(embedding.features(sigma_to_time(sigma, flow.sigma_data)), old(edm.c_noise(sigma)))
     new = {f"{network.time_layers[0]}.mix.weight": W}
     return rebuild(flow, new, replace(edm, c_noise_kind="time"), positional_time=True)
 

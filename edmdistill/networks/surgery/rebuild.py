@@ -11,6 +11,7 @@ from edmdistill.networks.base import Network
 from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import Preconditioning
+from edmdistill.torch_state import seeded
 
 LOGVAR_CHANNELS = 128
 """Fourier features of a new head for log variances, as many as EDM2's."""
@@ -59,8 +60,7 @@ def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1) -> FlowNetwork:
         if old.arguments["logvar_heads"] >= heads:
             return rebuild(flow, {})
         channels = old.arguments["logvar_channels"]
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fourier, linear = old.logvar_head(channels, heads)
     assert fourier is not None
     assert linear is not None
