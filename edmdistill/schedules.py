@@ -252,15 +252,26 @@ def interval_times(
 
 
 def lognormal_pairs(
-    draws: Draws, sigma_data: float, t_max: float, *, P_mean: float, P_std: float, share_to_data: float = 0.0
+    draws: Draws,
+    sigma_data: float,
+    t_max: float,
+    *,
+    P_mean: float,
+    P_std: float,
+    P_mean_s: float | None = None,
+    P_std_s: float | None = None,
+    share_to_data: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Draws t and s < t of a flow map as two independent times, and returns t and the length d = t - s.  [B] each
 
-    Both have ln(sigma) ~ N(P_mean, P_std^2), up to t_max. share_to_data: see `interval_times`. Short jumps are common,
-    without which the errors of Eulerian tangents grow.
-    Source: Geng et al. 2025 (MeanFlow), for CIFAR-10: two logit-normal times, which are these noise levels.
+    One has ln(sigma) ~ N(P_mean, P_std^2), the other N(P_mean_s, P_std_s^2), None being P_mean and P_std, up to t_max;
+    t is the larger one. share_to_data: see `interval_times`. Short jumps are common, without which the errors of
+    Eulerian tangents grow.
+    Source: Geng et al. 2025 (MeanFlow), for CIFAR-10, and their code: two logit-normal times, which are these noise
+        levels.
     """
-    times = [lognormal_times(draws, sigma_data, P_mean=P_mean, P_std=P_std).clamp(max=t_max) for _ in range(2)]
+    laws = (P_mean, P_std), (P_mean if P_mean_s is None else P_mean_s, P_std if P_std_s is None else P_std_s)
+    times = [lognormal_times(draws, sigma_data, P_mean=mean, P_std=std).clamp(max=t_max) for mean, std in laws]
     t, s = torch.maximum(*times), torch.minimum(*times)
     return t, torch.where(draws.uniform() < share_to_data, t, t - s)
 

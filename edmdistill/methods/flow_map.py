@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import FlowFunction, Role, SecondGain, with_inputs
 from edmdistill.methods.scm import ContinuousConfig, ContinuousConsistency
@@ -35,8 +35,17 @@ class FlowMapConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     times: Annotated[
         Literal["interval", "lognormal"], Meta(description="lognormal: P_mean and P_std are of ln(sigma)")
     ] = "interval"
+    P_mean_s: Annotated[float, Meta(ge=-20, le=20)] | None = None
+    """Mean of ln(sigma) of a jump's other end, if times = "lognormal"; default: P_mean. The higher end is its start."""
+    P_std_s: Annotated[float, Meta(gt=0, le=20)] | None = None
+    """Standard deviation of the same; default: P_std."""
     share_still: Annotated[float, Meta(ge=0, le=1, description="share of jumps of no length: diffusion training")] = 0.0
     s_gain: SecondGain = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.times == "interval":
+            refuse_idle(self, ("P_mean_s", "P_std_s"), 'times = "interval"', 'set times = "lognormal"')
 
 
 FlowMapT = TypeVar("FlowMapT", bound=FlowMapConfig)
@@ -60,9 +69,13 @@ class FlowMap(ContinuousConsistency[FlowMapT]):
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         config, noise = self.config, self.noise
         t_max = math.atan(noise.sigma_max / noise.sigma_data)
-        pairs = interval_times if config.times == "interval" else partial(lognormal_pairs, sigma_data=noise.sigma_data)
-        distribution = {"P_mean": config.P_mean, "P_std": config.P_std, "share_to_data": config.share_to_data}
-        t, d = pairs(draws, t_max=t_max, **distribution)
+        law = {"P_mean": config.P_mean, "P_std": config.P_std, "share_to_data": config.share_to_data}
+        if config.times == "interval":
+            t, d = interval_times(draws, t_max, **law)
+        else:
+            t, d = lognormal_pairs(
+                draws, noise.sigma_data, t_max, P_mean_s=config.P_mean_s, P_std_s=config.P_std_s, **law
+            )
         return t, torch.where(draws.uniform() < config.share_still, 0, d) if config.share_still else d
 
     def generator_to(self, s: Tensor, w: Tensor | None) -> FlowFunction:

@@ -300,16 +300,30 @@ def test_lognormal_pairs() -> None:
     assert float(logs[:rows].mean() - logs[rows:].mean()) == pytest.approx(2 / math.pi**0.5 * 1.5, abs=0.05)
 
 
+def test_lognormal_pairs_of_two_laws() -> None:
+    """So far apart that the larger is always of the first, or of the second."""
+    rows, t_max = 20_000, 1.5
+    for first, second in ((-1.0, -5.0), (-5.0, -1.0)):
+        law = {"P_mean": first, "P_std": 0.3, "P_mean_s": second, "P_std_s": 0.5}
+        t, d = lognormal_pairs(Draws(0, rows), SIGMA_DATA, t_max, **law)
+        stds = {first: 0.3, second: 0.5}
+        for time, mean in ((t, -1.0), (t - d, -5.0)):
+            log = (SIGMA_DATA * time.tan()).log()
+            assert float(log.mean()) == pytest.approx(mean, abs=0.02)
+            assert float(log.std()) == pytest.approx(stds[mean], abs=0.02)
+
+
 def test_the_jumps_are_those_of_the_options() -> None:
     """Of either law, over the teacher's noise levels."""
     law: dict[str, float] = {"P_mean": -1.3, "P_std": 0.7, "share_to_data": 0.1}
     t_max = math.atan(30 / 0.4)
     expected = {
         "interval": interval_times(Draws(0, 50), t_max, **law),
-        "lognormal": lognormal_pairs(Draws(0, 50), 0.4, t_max, **law),
+        "lognormal": lognormal_pairs(Draws(0, 50), 0.4, t_max, **law, P_mean_s=-2.0, P_std_s=0.2),
     }
     for times, jumps in expected.items():
-        made = MeanFlow(MeanFlowConfig(times=times, **law), {"generator": TRUTH}, NoiseRange(0.4, 0.01, 30.0))
+        other: dict[str, float] = {"P_mean_s": -2.0, "P_std_s": 0.2} if times == "lognormal" else {}
+        made = MeanFlow(MeanFlowConfig(times=times, **law, **other), {"generator": TRUTH}, NoiseRange(0.4, 0.01, 30.0))
         assert all(map(torch.equal, made.draw_times(Draws(0, 50)), jumps))
 
 

@@ -20,6 +20,8 @@ LISTS: dict[str, list[Any]] = {
     "guidance": [[1.0, 3.0], [2.0, 2.0]],
     "gan_augment": [["color"], []],
     "gan_penalty": [0.7],
+    "P_mean_s": [-2.0],
+    "P_std_s": [0.5],
     "augmentations": [["yflip", "scale"]],
     "N": [6, 9],
 }
