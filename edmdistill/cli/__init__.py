@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
@@ -140,13 +141,19 @@ class MainGroup(LazyGroup):
         return super().make_context(*args, **options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        for text in args:
+        for before, text in zip(["", *args], args, strict=False):
             try:
                 text.encode()
             except UnicodeEncodeError:
                 utf8 = sys.getfilesystemencoding() == "utf-8"
                 advice = "rename it" if utf8 else "set PYTHONUTF8=1, because the locale is not UTF-8"
                 ctx.fail(f"{printable(text)} is not text in UTF-8, which names have to be: {advice}.")
+            is_message = before == "--message" or text.startswith("--message=")
+            if not is_message and any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+                ctx.fail(
+                    f"{printable(text)} holds a line break or another control character, with which no command that "
+                    "is printed here could be pasted: leave it out, or rename the file."
+                )
         return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **options: Any) -> Any:

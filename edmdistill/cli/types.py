@@ -188,7 +188,7 @@ class InputPath(click.Path):
 class OutputPath(click.Path):
     """A file or folder to write. Refuses what can never be written, before any work begins.
 
-    That is "", a NUL, a name too long, the root folder, a device or pipe, a place where nothing may be written, and a
+    That is "", a name too long, the root folder, a device or pipe, a place where nothing may be written, and a
     suffix other than those known.
 
     Args:
@@ -206,8 +206,6 @@ class OutputPath(click.Path):
         text = str(value)
         if not text.strip():
             self.fail(EMPTY, param, ctx)
-        if "\0" in text:
-            self.fail("the path holds a NUL character; leave it out.", param, ctx)
         try:
             path = Path(text).expanduser()
             whole = path.absolute()

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from edmdistill import __version__, progress
 from edmdistill.cli import COMMANDS, main
 from edmdistill.cli.options import say
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, printable
 from edmdistill.progress import progress_bar, stage_bar
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +125,11 @@ def test_a_reader_that_has_left_changes_no_exit_code(words: list[str]):
     assert half.stderr.decode() == whole.stderr
 
 
+def test_control_characters_from_files_are_escaped(run) -> None:
+    printed = run(lambda: click.echo("a\x1b]0;b\x07\x7f\x9b\u202e\tc\nd")).stdout
+    assert printed == "a\\u001b]0;b\\u0007\\u007f\\u009b\\u202e\tc\nd\n"
+
+
 def test_what_an_encoding_lacks_is_escaped(run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(lambda: click.echo("\N{SNOWMAN} ä"))  # sets the command
     written = io.BytesIO()
@@ -144,6 +149,32 @@ def test_a_name_that_is_no_text_is_refused(encoding: str, advice: str, monkeypat
     assert result.stderr.splitlines()[-1] == (
         rf"Error: a\udcff is not text in UTF-8, which names have to be: {advice}."
     )
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028"])
+@pytest.mark.parametrize(
+    "words",
+    ["sample RUN --out {}", "train kd TEACHER --run-dir {}", "report {}", "train kd TEACHER --set data.note={}"],
+)
+def test_a_name_that_breaks_a_printed_command_is_refused(character: str, words: str, tmp_path: Path) -> None:
+    arguments = [word.format(tmp_path / f"a{character}b") for word in words.split()]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    (sentence,) = (line for line in result.stderr.splitlines() if line.startswith("Error: "))
+    assert printable(f"a{character}b holds a line break or another control character") in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("character", ["\u202f", "\xa0", "ä", "\u200d"])
+def test_other_names_are_taken(character: str) -> None:
+    """As that of a screenshot by macOS, or of a picture."""
+    result = CliRunner().invoke(main, ["inspect", f"a{character}b"])
+    assert f"{printable(f'a{character}b')} does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--message", "One\n\nTwo"], ["--message=One\n\nTwo"]])
+def test_a_message_may_have_lines(words: list[str]) -> None:
+    assert "nowhere does not exist" in CliRunner().invoke(main, ["push-to-hub", "nowhere", "a/b", *words]).stderr
 
 
 @pytest.mark.parametrize("words", [["-q", "inspect"], ["inspect", "--quiet"]])

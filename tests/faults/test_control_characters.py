@@ -62,14 +62,15 @@ NAME = "a\x1b]0;b\x07\x7f\x9b\u202e\U000e0001c"
 
 def test_what_a_command_prints(tmp_path: Path) -> None:
     """Whatever a command prints of a name, of a file or from one, on standard output."""
-    made = call("recipes", "copy", "cosim/digits", tmp_path / f"{NAME}.toml")
-    checked = call("recipes", "validate", tmp_path / f"{NAME}.toml")
-    shown = call("recipes", "show", tmp_path / f"{NAME}.toml")
+    name = "a\u202e\U000e0001c.toml"  # MainGroup refuses the others in what is typed
+    made = call("recipes", "copy", "cosim/digits", tmp_path / name)
+    checked = call("recipes", "validate", tmp_path / name)
+    shown = call("recipes", "show", tmp_path / name)
     for result in (made, checked, shown):
         assert result.exit_code == 0
         assert result.output.replace("\n", "").replace("\t", "").isprintable()
-    assert "\\u001b]0;b\\u0007\\u007f\\u009b\\u202e\\udb40\\udc01c.toml" in made.output
-    assert shown.output == (tmp_path / f"{NAME}.toml").read_text()
+    assert "a\\u202e\\udb40\\udc01c.toml" in made.output
+    assert shown.output == (tmp_path / name).read_text()
 
 
 def test_documents_stay_json(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ OUTPUTS = [
     ("~nobody-by-that-name/a", "does not exist on this machine"),
     ("n" * 300, "255 bytes"),
     ("DIR/" + "n/" * 2500, "255 bytes"),
-    ("a\0b", "NUL"),
+    ("a\0b", "control character"),
     ("/dev/full", "a device or a pipe"),
     ("/dev/null", "a device or a pipe"),
     ("/dev/null/a", "is not a folder you may write to"),

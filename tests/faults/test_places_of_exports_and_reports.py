@@ -52,7 +52,7 @@ def small_disk() -> Iterator[None]:
 HOSTILE = [
     ("", "the path is empty"),
     ("/", "is the root folder"),
-    ("a\0b", "NUL"),
+    ("a\0b", "control character"),
     ("~no-such-user/x", "names a user who does not exist"),
     ("a" * 300, "longer than"),
     ("{here}/file.txt/x", "cannot be written"),

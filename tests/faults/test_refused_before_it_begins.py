@@ -75,7 +75,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "a tracker": (lambda place: None, ["--log-with", "wandb"], "--log-with wandb needs a package"),
     "root": (lambda place: None, ["--run-dir", "/"], "is the root folder"),
     "nothing": (lambda place: None, ["--run-dir", ""], "the path is empty"),
-    "NUL": (lambda place: None, ["--run-dir", "a\0b"], "NUL"),
+    "NUL": (lambda place: None, ["--run-dir", "a\0b"], "control character"),
     "long": (lambda place: None, ["--run-dir", "a" * 300], "longer than"),
     "nobody": (lambda place: None, ["--run-dir", "~nobody-at-all/x"], "does not exist on this machine"),
     "the folder itself": (lambda place: file(place.parent / "f"), ["--run-dir", "."], "is not a run directory"),
