@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance
-from edmdistill.recipes.library import load_recipe
+from edmdistill.recipes.library import find_recipe, load_recipe
 
 SMALL = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_channels": 8, "channel_mult": [1]} | {
     "num_blocks": 1,
@@ -83,10 +83,9 @@ def bare(tmp_path: Path) -> Path:
     (run / "samples").mkdir(parents=True)
     recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.images=1000"])
     (run / "recipe.resolved.json").write_bytes(recipe.to_json())
-    (run / "recipe.toml").write_text(
-        "# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n"
-        "#   --set training.betas=[0.0, 0.9]\n\n# if a < b & c: <script>\n[method]\n"
-    )
+    source = find_recipe("cosim/digits-quickstart")._replace(text="# if a < b & c: <script>\n[method]\n")
+    text = source.text_with_command(["training.images=1000", "training.betas=[0.0, 0.9]"])
+    (run / "recipe.toml").write_text(text)
     data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
     (run / "run.json").write_text(json.dumps({"teacher_sha256": "ab" * 32, "data": data}))
     return run

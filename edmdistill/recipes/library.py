@@ -12,6 +12,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
 from itertools import accumulate, takewhile
@@ -144,8 +145,31 @@ class RecipeSource(NamedTuple):
 
     def text_with_command(self, sets: Sequence[str]) -> str:
         """Returns the file's text below a comment with the options that the recipe was loaded by."""
-        overrides = "".join(f"\n#   --set {shlex.quote(override)}" for override in sets)
-        return f"# Trained by --recipe {self.name}{overrides}\n\n{self.text}"
+        overrides = "".join(f"\n{_SET}{shlex.quote(override)}" for override in sets)
+        return f"{_TRAINED_BY}{self.name}{overrides}\n\n{self.text}"
+
+
+_TRAINED_BY, _SET = "# Trained by --recipe ", "#   --set "
+
+
+def noted_command(text: str) -> tuple[str, list[str]] | None:
+    """Returns the name and the overrides of `RecipeSource.text_with_command`.
+
+    Returns: None where there is no such comment, as above a recipe that a library call was given.
+    """
+    first, *lines = text.splitlines() or [""]
+    if not first.startswith(_TRAINED_BY):
+        return None
+    notes = takewhile(lambda line: line.startswith(_SET), lines)
+    return first.removeprefix(_TRAINED_BY), [_unquoted(note.removeprefix(_SET)) for note in notes]
+
+
+def _unquoted(note: str) -> str:
+    """Returns what shlex.quote was given; the note itself, if it is of a run from before they were quoted."""
+    with suppress(ValueError):
+        if shlex.quote(word := "".join(shlex.split(note))) == note:
+            return word
+    return note
 
 
 def find_recipe(name: str) -> RecipeSource:

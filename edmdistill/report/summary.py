@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from edmdistill.errors import EdmDistillError, RecipeError
 from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
 from edmdistill.machine.environment import SessionRecord
+from edmdistill.recipes.library import noted_command
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.run_dir import METRICS, SESSIONS, DataIdentity, MetricsLine, RunIdentity
 
@@ -81,11 +81,7 @@ def read_run(path: Path) -> RunSummary:
 
 def _train_arguments(file: Path) -> list[str]:
     """Returns what `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
-    head, mark = "# Trained by --recipe ", "#   --set "
     text = file.read_text("utf-8")
     tomllib.loads(text)  # the page says which of its values are whose
-    first, *lines = text.splitlines() or [""]
-    if not first.startswith(head):
-        return ["--recipe", str(file)]
-    sets = (line.removeprefix(mark) for line in takewhile(lambda line: line.startswith(mark), lines))
-    return ["--recipe", first.removeprefix(head), *(word for override in sets for word in ("--set", override))]
+    name, sets = noted_command(text) or (str(file), [])
+    return ["--recipe", name, *(word for override in sets for word in ("--set", override))]

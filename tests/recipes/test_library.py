@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from edmdistill.errors import RecipeError
-from edmdistill.recipes.library import SHIPPED, find_recipe, load_recipe, origins, recipe_names
+from edmdistill.recipes.library import SHIPPED, find_recipe, load_recipe, noted_command, origins, recipe_names
 from edmdistill.recipes.schema import EmaTable, TrainingTable
 from edmdistill.sampling.spec import SOLVERS
 
@@ -416,3 +416,27 @@ def test_a_recipe_is_its_defaults_with_what_is_said_of_it(name: str):
     found = origins(recipe, find_recipe(name).text, name, [])
     assert found
     assert not any("later" in said for said in found.values())
+
+
+SETS = [
+    [],
+    ["training.images=320"],
+    ["method.levels=[2.0, 0.3]", "training.lr=1e-3"],
+    ["method.lpips=\"my 'file'.pt\"", "method.guide=network"],
+    ["sampling.sigmas.2=[80, 1]"],
+    ["a.b=x\\y $HOME"],
+]
+
+
+@pytest.mark.parametrize("name", ["kd/digits", "my recipe.toml"])
+@pytest.mark.parametrize("sets", SETS)
+def test_the_command_above_a_recipe_is_read_back(name: str, sets: list[str]) -> None:
+    source = find_recipe("kd/digits")._replace(name=name)
+    assert noted_command(source.text_with_command(sets)) == (name, sets)
+    older = "".join(f"\n#   --set {override}" for override in sets)  # before they were quoted
+    assert noted_command(f"# Trained by --recipe {name}{older}\n\n{source.text}") == (name, sets)
+
+
+@pytest.mark.parametrize("text", ["", "[method]\n", "# Trained by hand\n#   --set a.b=1\n"])
+def test_a_recipe_without_a_command_above_it(text: str) -> None:
+    assert noted_command(text) is None
