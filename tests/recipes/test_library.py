@@ -9,9 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
 from edmdistill.errors import RecipeError
+from edmdistill.methods import METHODS
 from edmdistill.recipes.library import SHIPPED, find_recipe, load_recipe, noted_command, origins, recipe_names
 from edmdistill.recipes.schema import EmaTable, TrainingTable
 from edmdistill.sampling.spec import SOLVERS
@@ -440,3 +441,17 @@ def test_the_command_above_a_recipe_is_read_back(name: str, sets: list[str]) -> 
 @pytest.mark.parametrize("text", ["", "[method]\n", "# Trained by hand\n#   --set a.b=1\n"])
 def test_a_recipe_without_a_command_above_it(text: str) -> None:
     assert noted_command(text) is None
+
+
+STEPS = {"dmd2": "levels=[2.0]", "kd": "levels=[2.0]", "ladd": "levels=[2.0]", "pd": "steps=2"}
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.partition("/")[0] in STEPS])
+def test_a_change_of_steps_changes_what_is_drawn(name: str) -> None:
+    """Grids, measurements and the command that `train` prints at its end are in the steps that are trained."""
+    assert load_recipe(name, sets=[f"method.{STEPS[name.partition('/')[0]]}"]).sampling.nfe == (2,)
+
+
+def test_methods_of_as_many_steps_as_are_set_are_known() -> None:
+    options = {name: {field.name for field in fields(METHODS[name].load().Config)} for name in METHODS}
+    assert {name for name, known in options.items() if known & {"levels", "steps"}} == set(STEPS)
