@@ -27,10 +27,12 @@ class Solver(NamedTuple):
     """A solver of a teacher's ODE.
 
     Attributes:
+        name: as users type it.
         calls_per_step: of the denoiser; the last step takes one.
         multistep: it looks back at earlier steps, none of which may be of length 0.
     """
 
+    name: str
     sampler: Callable[..., Tensor]
     calls_per_step: int
     multistep: bool = False
@@ -46,21 +48,24 @@ class Solver(NamedTuple):
         """
         if self.calls_per_step == 2 and nfe % 2 == 0:
             raise EdmDistillError(
-                f"this solver takes an odd number of network evaluations, 2n - 1 for n steps, but nfe is {nfe}: use "
-                f"{nfe - 1} or {nfe + 1}"
+                f"the solver {self.name} takes an odd number of network evaluations, 2n - 1 for n steps, but nfe is "
+                f"{nfe}: use {nfe - 1} or {nfe + 1}"
             )
         return (nfe - 1) // self.calls_per_step + 1
 
 
 SOLVERS = {
-    "heun": Solver(edm_sampler, 2),
-    "ddim": Solver(ddim_sampler, 1),
-    "dpm-solver-2s": Solver(dpm_solver_2s, 2),
-    "dpm-solver++2m": Solver(dpm_solver_pp_2m, 1, multistep=True),
-    "ipndm": Solver(ipndm_sampler, 1, multistep=True),
-    "unipc": Solver(unipc_sampler, 1, multistep=True),
+    solver.name: solver
+    for solver in (
+        Solver("heun", edm_sampler, 2),
+        Solver("ddim", ddim_sampler, 1),
+        Solver("dpm-solver-2s", dpm_solver_2s, 2),
+        Solver("dpm-solver++2m", dpm_solver_pp_2m, 1, multistep=True),
+        Solver("ipndm", ipndm_sampler, 1, multistep=True),
+        Solver("unipc", unipc_sampler, 1, multistep=True),
+    )
 }
-"""How teachers are sampled, by the names that users type."""
+"""How teachers are sampled, by name."""
 
 
 class SamplerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

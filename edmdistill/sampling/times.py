@@ -15,7 +15,8 @@ from edmdistill.trigflow import sigma_to_time
 def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: float) -> Tensor:
     """Reads `80,2.5` (noise levels) or `1.56rad,1.1rad` (times in radians), or both.  float64 [nfe], radians
 
-    Raises: EdmDistillError: a part that is no number, or a noise level outside [sigma_min, sigma_max].
+    Raises: EdmDistillError: a part that is no number, a noise level outside [sigma_min, sigma_max], a time outside
+        (0, pi/2], or one above the one before it.
     """
     times: list[float] = []
     for part in comma_separated(text, "--t"):
@@ -25,7 +26,10 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
             raise EdmDistillError(
                 f"--t {text}: {part!r} is not a time; write noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad"
             ) from None
-        if not part.endswith("rad"):
+        if part.endswith("rad"):
+            if not 0 < value <= math.pi / 2:
+                raise EdmDistillError(f"--t {text}: {part} is out of range; radians are above 0 and at most pi/2")
+        else:
             if not sigma_min <= value <= sigma_max:
                 raise EdmDistillError(
                     f"--t {text}: noise level {part} is out of range; this network takes {sigma_min:g} to {sigma_max:g}"

@@ -361,7 +361,7 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
         ("plain", ["--class", "1"], "unconditional"),
         ("generator", ["--t", "2.5,80"], "must decrease"),
         ("generator", ["--t", "800"], "0.002 to 80"),
-        ("generator", ["--t", "1.6rad"], "(0, pi/2]"),
+        ("generator", ["--t", "1.6rad"], "above 0 and at most pi/2"),
         ("latent", [], "the VAE nobody/vae is not in the Hub's cache: name the VAE's folder or its Hub id with --vae"),
         ("generator", ["--gamma", "1.5"], "1.5 is not in the range 0<=x<=1"),
         ("generator", ["--guidance", "2"], "supports guidance 1 (none) only"),

@@ -220,7 +220,7 @@ def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
         (generator, {"churn": Churn(1)}, "for teachers"),
         (generator, {"solver": "heun"}, "for teachers"),
         (teacher, {"solver": "ddim", "churn": Churn(1)}, "churn is part of Heun's method, and ddim has none"),
-        (teacher, {"solver": "dpm-solver-2s", "nfe": 4}, "an odd number of network evaluations"),
+        (teacher, {"solver": "dpm-solver-2s", "nfe": 4}, "dpm-solver-2s takes an odd number of network evaluations"),
         (teacher, {"solver": "euler"}, "there is no solver 'euler'; choose one of heun, ddim"),
         (generator, {"gamma": 1.1}, r"\[0, 1\]"),
         (generator, {"nfe": 0}, "1 to 10,000"),

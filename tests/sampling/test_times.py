@@ -25,7 +25,25 @@ def test_radians_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80,", "rad", "1.1 rads", "a", "80;2.5", "800", "0.001", "-1", "nan", "inf", "1,5", "1.5rad,80"]
+    "text",
+    [
+        "",
+        "80,",
+        "rad",
+        "1.1 rads",
+        "a",
+        "80;2.5",
+        "800",
+        "0.001",
+        "-1",
+        "nan",
+        "inf",
+        "1,5",
+        "1.5rad,80",
+        "0rad",
+        "1.6rad",
+        "80,nanrad",
+    ],
 )
 def test_parse_times_refuses(text: str) -> None:
     with pytest.raises(EdmDistillError, match="--t "):
