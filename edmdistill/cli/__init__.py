@@ -26,7 +26,7 @@ COMMANDS = {
     "ema": "Reconstruct a moving average of another length after training (post-hoc EMA).",
     "sample": "Sample images from a teacher or a generator.",
     "eval": "Evaluate a checkpoint or a folder of images against a data set.",
-    "sweep": "Evaluate a grid of step counts, gammas, guidance weights or schedules: a table, JSON, a plot.",
+    "sweep": "Evaluate a grid of step counts, gammas, guidance weights, solvers or schedules: a table, a plot.",
     "tune-schedule": "Choose a generator's noise levels by a metric, and store them if they hold on other seeds.",
     "compare": "Put results side by side, or say why they may not stand there.",
     "diagnose": "Measure single jumps of a generator by noise level, and say where it is weak.",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from edmdistill.cli.options import list_option, option_group, say, say_unfinished
-from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name
+from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name, NameList
 from edmdistill.errors import EdmDistillError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class SamplerGrid:
 
     times: tuple[str, ...]
     guidance: list[float] | None
-    solvers: tuple[str, ...]
+    solvers: tuple[tuple[str, ...], ...]
     guide: str | None
     force_guidance: bool
 
@@ -99,7 +100,7 @@ class SamplerGrid:
                 solver=solver,
                 **({} if weight in without else guided),
             )
-            for solver in self.solvers or (None,)
+            for solver in dict.fromkeys(chain.from_iterable(self.solvers)) or (None,)
             for times in self.times or (None,)
             for weight in weights
             for gamma in gammas
@@ -149,9 +150,9 @@ sampler_grid_options = option_group(
     click.option(
         "--solver",
         "solvers",
-        type=Name(SOLVERS),
-        multiple=True,
-        help="Teacher, or generator of two times, as CTM's; may be repeated.  [default: heun]",
+        type=NameList(SOLVERS),
+        multiple=True,  # of repeated ones, click would take the last alone
+        help="Teacher, or generator of two times, as CTM's.  [default: heun]",
     ),
     *TEACHER_OPTIONS,
 )

@@ -168,8 +168,9 @@ def test_what_guides_nothing_is_refused(checkpoints: dict[str, str], option: lis
     assert (result.exit_code, "guidance" in result.stderr, "leave" in result.stderr) == (2, True, True)
 
 
-def test_solvers(checkpoints: dict[str, str]) -> None:
-    words = ("--nfe", "2,4", "--solver", "ddim", "--solver", "unipc", "--metrics", "fd_digits", "--json")
+@pytest.mark.parametrize("solvers", ["--solver ddim,unipc", "--solver ddim --solver unipc,ddim"])
+def test_solvers(checkpoints: dict[str, str], solvers: str) -> None:
+    words = ("--nfe", "2,4", *solvers.split(), "--metrics", "fd_digits", "--json")
     swept = json.loads(run("sweep", checkpoints["teacher"], *words).stdout)["results"]
     samplers = [(one["sampler"]["solver"], one["sampler"]["nfe"]) for one in swept]
     assert samplers == [("ddim", 2), ("ddim", 4), ("unipc", 2), ("unipc", 4)]
