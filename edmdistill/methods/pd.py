@@ -76,8 +76,10 @@ class PD(GuidedMethod[PDConfig]):
     def check_stage(cls, config: PDConfig, steps: int) -> str | None:
         if steps == 2 * config.steps:
             return None
-        fix = f"give one of {2 * config.steps}" if steps % 2 else f"set method.steps={steps // 2}"
-        return f"it has {counted(steps, 'step')}, and {config.steps} are learned from {2 * config.steps}: {fix}"
+        of, needed = counted(steps, "step"), f"one of {2 * config.steps}"
+        if steps % 2:
+            return f"it has {of}, an odd number, which cannot be halved: give {needed}"
+        return f"it has {of}, and method.steps = {config.steps} takes {needed}: set method.steps={steps // 2}"
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.halving_loss),)

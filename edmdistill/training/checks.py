@@ -136,7 +136,7 @@ def require_stage(recipe: Recipe, config: CheckpointConfig) -> None:
         return
     steps = len(config.trained_sigmas)
     if steps and (problem := recipe.method_class.check_stage(recipe.method, steps)):
-        raise TrainingError(f"{recipe.method_name} cannot go on from this first stage: {problem}")
+        raise TrainingError(f"{recipe.method_name} cannot go on from this stage: {problem}")
     if config.guidance is not None and recipe.guidance != (1, 1):
         raise TrainingError(
             f"the first stage has learned guidance, and {recipe.method_name} would guide it again: leave out "

@@ -51,10 +51,14 @@ def test_a_stage_of_other_steps_is_refused_with_the_fix(
     stage: Callable[..., Path], teacher: Path, tmp_path: Path
 ) -> None:
     four = stage(teacher, tmp_path / "four", steps=4)
-    with pytest.raises(TrainingError, match=r"it has 4 steps, and 4 are learned from 8: set method.steps=2$"):
+    with pytest.raises(
+        TrainingError, match=r"it has 4 steps, and method.steps = 4 takes one of 8: set method.steps=2$"
+    ):
         stage(four, tmp_path / "again", steps=4)
     one = stage(stage(four, tmp_path / "two", steps=2), tmp_path / "one", steps=1)
-    with pytest.raises(TrainingError, match=r"it has 1 step, and 4 are learned from 8: give one of 8$"):
+    with pytest.raises(
+        TrainingError, match=r"this stage: it has 1 step, an odd number, which cannot be halved: give one of 8$"
+    ):
         stage(one, tmp_path / "again", steps=4)
 
 
