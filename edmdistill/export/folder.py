@@ -113,7 +113,7 @@ def export(
     generator = Generator(flow, config)
     levels = {
         str(nfe): written_levels(time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist())
-        for nfe in range(1, 9)
+        for nfe in sorted({*range(1, 9), *map(int, config.sampling.sigmas)})
     }
     with atomic_write(out) as folder, torch.no_grad():
         folder.mkdir()

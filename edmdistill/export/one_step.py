@@ -98,9 +98,9 @@ def describe_inputs(flow: FlowNetwork) -> str:
 
 
 MORE_STEPS = """\
-More steps: `export.json` holds the noise levels for 1 to 8 of them, under `sigmas`. From each level, sigma, to the one
-after it, which is 0 at the end, with z fresh unit normal noise and gamma its share, 0 to 1 (`gamma` in that file is the
-default):
+More steps: `export.json` holds their noise levels under `sigmas`, by the number of steps. From each level, sigma, to
+the one after it, which is 0 at the end, with z fresh unit normal noise and gamma its share, 0 to 1 (`gamma` in that
+file is the default):
 
     sigma_next = (1 - gamma**2) ** 0.5 * after
     x = sigma_next / sigma * x + (1 - sigma_next / sigma) * x0 + gamma * after * z

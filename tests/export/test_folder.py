@@ -18,11 +18,14 @@ from edmdistill.export.folder import export
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.generate import sample
 
+LONG = (2.5, 2.2, 1.9, 1.6, 1.3, 1.0, 0.7, 0.4, 0.2, 0.1)
+"""The levels of a generator that was trained for ten steps."""
+
 
 def test_the_manifest_and_the_readme(tmp_path: Path) -> None:
     folder = tiny_generator(tmp_path / "it", preconditioning=EDM(sigma_max=2.5), images_seen=896, images_total=80_000)
     origin = Provenance(source="https://me:secret@host/*b*.pkl?token=secret", licence="my-own")
-    sampling = SamplingDefaults({"2": (2.5, 0.7)}, gamma=0.3)
+    sampling = SamplingDefaults({"2": (2.5, 0.7), "10": LONG}, gamma=0.3)
     write_config(folder, replace(read_config(folder), sampling=sampling, provenance=origin))
     rows = export(folder, "nvidia", tmp_path / "out")
     document = json.loads((tmp_path / "out" / EXPORT).read_text())
@@ -31,11 +34,12 @@ def test_the_manifest_and_the_readme(tmp_path: Path) -> None:
     assert document["parity"] == [row._asdict() for row in rows]
     recorded = document["checkpoint"]["provenance"]
     assert (recorded["source"], recorded["licence"]) == ("https://host/*b*.pkl", "my-own")
-    assert [*document["sigmas"]] == [str(nfe) for nfe in range(1, 9)]
+    assert [*document["sigmas"]] == [str(nfe) for nfe in (*range(1, 9), 10)]
     for nfe, sigmas in document["sigmas"].items():
         assert sigmas == pytest.approx(sorted(sigmas, reverse=True))
         assert (len(sigmas), sigmas[0]) == (int(nfe), pytest.approx(2.5))
     assert document["sigmas"]["2"] == [2.5, 0.7]  # also after a way to time and back
+    assert document["sigmas"]["10"] == [*LONG]
     text = (tmp_path / "out" / "README.md").read_text()
     assert "secret" not in text
     assert "*b" not in text.replace(r"\*b", "")
