@@ -26,7 +26,7 @@ from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.base import Loss
 from edmdistill.methods.weighting import adaptive, mean_rms
 
-TangentNormalization = Literal["rms", "norm", "clip", "raw"]
+TangentNormalization = Literal["rms", "norm", "power", "clip", "raw"]
 Weighting = Literal["adaptive", "none"]
 
 
@@ -40,6 +40,7 @@ class ConsistencyConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     ] = 0
     tangent_normalization: Annotated[TangentNormalization, Meta(description="how the tangent is normalized")] = "rms"
     c: Annotated[float, Meta(ge=0, description="constant added to the tangent's norm before dividing by it")] = 0.1
+    power: Annotated[float, Meta(ge=0, le=1, description="power of |tangent|^2 + c, to divide by")] = 0.75
     weighting: Annotated[Weighting, Meta(description="adaptive: a learned weight that balances the noise levels")] = (
         "adaptive"
     )
@@ -48,20 +49,27 @@ class ConsistencyConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         super().__post_init__()
         if self.tangent_normalization in ("clip", "raw"):
             where = f'tangent_normalization = "{self.tangent_normalization}"'
-            refuse_idle(self, ("c",), where, 'set tangent_normalization = "rms" or "norm"')
+            refuse_idle(self, ("c",), where, 'set tangent_normalization = "rms", "norm" or "power"')
+        if self.tangent_normalization != "power":
+            where = f'tangent_normalization = "{self.tangent_normalization}"'
+            refuse_idle(self, ("power",), where, 'set tangent_normalization = "power"')
 
 
-def normalized_tangent(g: Tensor, c: float, normalization: TangentNormalization) -> Tensor:
-    """Returns g / (|g| + c) for each sample, g clamped to [-1, 1], or g itself.  [B,C,H,W]
+def normalized_tangent(g: Tensor, c: float, normalization: TangentNormalization, power: float = 0.75) -> Tensor:
+    """Returns g / (|g| + c) for each sample, g / (|g|^2 + c)^power, g clamped to [-1, 1], or g itself.  [B,C,H,W]
 
     Args:
-        normalization: "rms": |g| is the root mean square; "norm": the Euclidean norm, as in the paper; "clip"; "raw".
-    Source: sCM, section 4.2.  Differs: the default is the root mean square, for which c = 0.1 means the same at any
-        resolution. With the norm, it is 1% of an average pixel's g at 64 values an image, but 0.08% at 16384.
+        normalization: "rms": |g| is the root mean square; "norm": the Euclidean norm, as in the paper; "power": of the
+            Euclidean norm; "clip"; "raw".
+    Source: sCM, section 4.2; of "power", MeanFlow, section 4.3: the gradient of its weighted squared error.
+    Differs: the default is the root mean square, for which c = 0.1 means the same at any resolution. By the norm it is
+        1% of an average pixel's g at 64 values an image, but 0.08% at 16384.
     """
     if normalization in ("clip", "raw"):
         return g.clamp(-1, 1) if normalization == "clip" else g
     size: Tensor = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+    if normalization == "power":
+        return g / (size.square() + c) ** power
     return g / (size * (g[0].numel() ** -0.5 if normalization == "rms" else 1.0) + c)
 
 
@@ -90,6 +98,6 @@ def consistency_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weig
 
 def tangent_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, config: ConsistencyConfig) -> Loss:
     """Returns consistency_loss of the tangent g, normalized as the options say, and the size that g had as a signal."""
-    normalized = normalized_tangent(g, config.c, config.tangent_normalization)
+    normalized = normalized_tangent(g, config.c, config.tangent_normalization, config.power)
     loss = consistency_loss(F, normalized, u, t, config.weighting)
     return loss._replace(signals={"tangent_rms": mean_rms(g)})

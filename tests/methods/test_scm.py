@@ -150,9 +150,11 @@ def test_normalized_tangent() -> None:
     torch.testing.assert_close(normalized_tangent(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
     torch.testing.assert_close(normalized_tangent(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
     assert normalized_tangent(g, 0.1, "raw").equal(g)
+    power = normalized_tangent(g, 0.1, "power", 0.5)[:, 0, 0, 0]
+    torch.testing.assert_close(power, torch.tensor([3 / 576.1**0.5, -0.1 / (0.64 + 0.1) ** 0.5, 0]))
 
 
-@pytest.mark.parametrize("normalization", ["rms", "norm", "clip", "raw"])
+@pytest.mark.parametrize("normalization", ["rms", "norm", "power", "clip", "raw"])
 def test_the_tangents_size_is_measured_before_it_is_normalized(normalization: str) -> None:
     """A tangent that grows is to be seen, though the loss makes it no larger."""
     F, u, g = torch.zeros(5, 3, 4, 4), torch.zeros(5), torch.full((5, 3, 4, 4), -70.0)

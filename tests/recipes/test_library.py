@@ -135,6 +135,8 @@ def test_the_script_of_meanflows_code():
     method, training = recipe.method, recipe.training
     assert (method.times, method.P_mean, method.P_std, method.share_still) == ("lognormal", -2, 2, 0.25)
     assert (training.batch, training.lr, training.betas, training.dropout) == (1024, 6e-4, (0.9, 0.999), 0.2)
+    assert (method.tangent_normalization, method.power, method.c, method.weighting) == ("power", 0.75, 1e-3, "none")
+    assert (method.augment, sum(name in ("yflip", "rotation") for name in method.augmentations)) == (0.12, 0)
     assert training.images == 800_000 * 1024
     assert training.lr_rampup_images == 200 * 50_000
     assert 2 ** (-1024 / recipe.ema.half_life_images) == pytest.approx(0.99995, abs=1e-6)
