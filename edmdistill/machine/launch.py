@@ -21,7 +21,7 @@ from types import FrameType
 
 from edmdistill.errors import TrainingError, counted
 from edmdistill.machine.host import cores
-from edmdistill.machine.signals import ECHO
+from edmdistill.machine.signals import ECHO, NOTICES, REQUESTS
 
 LAUNCHER = "EDMDISTILL_LAUNCHER"
 """Holds the process id of `launch` in the processes that it started."""
@@ -32,12 +32,8 @@ SETTLE = 1.0
 GRACE = 5.0
 """Seconds from the last request to stop until SIGKILL."""
 
-FORWARDED_SIGNALS: dict[int, int] = {
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-}
-INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
+FORWARDED_SIGNALS: dict[int, int] = {**{number: number for number in REQUESTS}, signal.SIGHUP: signal.SIGTERM}
+INTERRUPTED = (130, *(-number for number in FORWARDED_SIGNALS.values()))
 RESUME = "run the same command again to go on from what was saved"
 HINTS: dict[int, str] = {
     signal.SIGKILL: ", probably because memory ran out (use fewer --processes; to train, a smaller "
@@ -50,8 +46,9 @@ PR_SET_PDEATHSIG = 1
 def launch(arguments: Sequence[str], processes: int, *, device: str | None, on_message: Callable[[str], object]) -> int:
     """Runs `edmdistill ARGUMENTS` in several processes on this machine, and waits for all of them.
 
-    SIGINT and SIGTERM are forwarded and waited for; after a second one, for GRACE seconds only. If one process dies,
-    the others are stopped, and one sentence says which it was. To be called from the main thread.
+    SIGINT, SIGTERM and NOTICES are forwarded and waited for; after a second one that is no notice, for GRACE seconds
+    only. If one process dies, the others are stopped, and one sentence says which it was. To be called from the main
+    thread.
 
     Args:
         arguments: the command line's, without --processes.
@@ -257,8 +254,8 @@ def _watch(
         for _, number in requests[forwarded:]:
             forwarded += 1
             _send(children, FORWARDED_SIGNALS[number])
-            if forwarded == 2:
-                kill_at = now + GRACE
+        if kill_at == math.inf and sum(number not in NOTICES for _, number in requests) > 1:
+            kill_at = now + GRACE
 
         for rank, child in enumerate(children):
             code = child.poll()

@@ -54,8 +54,8 @@ def train(
 ) -> Outcome:
     """Trains to the recipe's end, from the run directory's last state if it has one.
 
-    After SIGINT, SIGTERM or SIGHUP, finishes the current round, or gives up the evaluation after it, saves a state and
-    returns; the same call resumes there, with that evaluation.
+    After SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, finishes the current round, or gives up the evaluation after it,
+    saves a state and returns; the same call resumes there, with that evaluation.
 
     Args:
         run: from `prepare`; its networks are trained in place.

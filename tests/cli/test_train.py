@@ -104,7 +104,7 @@ def test_a_guide_is_asked_for_and_a_wrong_one_refused(tmp_path):
 
 
 def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path):
-    for attempt, number in enumerate([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]):
+    for attempt, number in enumerate([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]):
         process = Forked("-m", "edmdistill", *arguments(tmp_path / "run", "--set", "training.images=400000"))
         seen = saved = len(lines(tmp_path)) if attempt else 0
         while seen < saved + 3:

@@ -17,6 +17,7 @@ from waiting import LIMIT, dead, wait_until
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine import launch
+from edmdistill.machine.signals import REQUESTS
 
 # A process that marks its start, and saves where it is interrupted, as a run does; a second signal ends it at once.
 SAVES = textwrap.dedent("""
@@ -26,7 +27,7 @@ SAVES = textwrap.dedent("""
         time.sleep(0.1)
         Path(f"{rank}.saved").touch()
         sys.exit(130)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, stop)
     Path(f"{rank}.up").touch()
     time.sleep(3600)
@@ -195,7 +196,7 @@ def test_the_others_are_asked_before_they_are_killed(start, monkeypatch):
     assert Path("0.saved").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", REQUESTS)
 def test_a_signal_is_passed_on_once_and_waited_for(start, monkeypatch, number: int):
     """However long processes take to save."""
     let_grace_end(monkeypatch, "1.asked")
@@ -244,6 +245,23 @@ def test_a_signal_sent_to_process_and_group_is_one(start, monkeypatch):
     when("0.asked", "1.asked", send=signal.SIGTERM)
     sent = "while not Path('0.asked.sent').exists(): time.sleep(.01)"
     assert start(SAVES.replace("time.sleep(0.1)", f"{sent}\n    time.sleep(0.1)")) == (130, [])
+    assert Path("0.saved").exists()
+    assert Path("1.saved").exists()
+
+
+def test_after_a_notice_all_are_still_waited_for(start, monkeypatch):
+    """Slurm sends SIGTERM when the time after --signal=USR1@60 is over, and gives 30 s more."""
+    monkeypatch.setattr(launch, "ECHO", 0)
+    let_grace_end(monkeypatch, "0.asked.sent")
+    when("0.up", "1.up", send=signal.SIGUSR1)
+    when("0.asked", "1.asked", send=signal.SIGTERM)
+    when("0.asked.sent", send=signal.SIGUSR1)
+    code = SAVES.replace("signal.signal(number, signal.SIG_DFL)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    code = code.replace(
+        "def stop(number, frame):", "def stop(number, frame):\n    if Path(f'{rank}.asked').exists(): return"
+    )
+    later = "while not Path('0.asked.sent.sent').exists(): time.sleep(.01)\n    time.sleep(.1)"
+    assert start(code.replace("time.sleep(0.1)", later)) == (130, [])
     assert Path("0.saved").exists()
     assert Path("1.saved").exists()
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from edmdistill.machine.signals import stop_on_signal
+from edmdistill.machine.signals import NOTICES, stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -18,3 +18,16 @@ def test_an_ignored_signal_stays_ignored(number: int) -> None:
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("notice", NOTICES)
+def test_what_follows_a_notice_does_not_stop_at_once(notice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler repeats its notice, and sends SIGTERM in the end; a state may be half-written then."""
+    monkeypatch.setattr("edmdistill.machine.signals.ECHO", 0)
+    said: list[str] = []
+    with stop_on_signal(said.append) as stop:
+        for number in (notice, notice, signal.SIGTERM, notice):
+            signal.raise_signal(number)
+            assert stop.is_set()
+    assert said == ["Stopping after this round.", "Stopping after this round; once more stops at once."]
+    assert signal.getsignal(notice) == signal.SIG_DFL

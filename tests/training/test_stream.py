@@ -28,6 +28,7 @@ from edmdistill.data.latents import draw_latents, latent_noise
 from edmdistill.data.order import indices
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
+from edmdistill.machine.signals import REQUESTS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -137,7 +138,7 @@ def test_workers_leave_signals_to_the_main_process(images: Dataset) -> None:
         batches = two.batches(endless())
         next(batches)
         workers = multiprocessing.active_children()
-        for worker, number in itertools.product(workers, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]):
+        for worker, number in itertools.product(workers, REQUESTS):
             os.kill(worker.pid, number)
         for start in range(4, 200, 4):
             assert torch.equal(next(batches).x0, stream(images).read(start, start + 4).x0)
