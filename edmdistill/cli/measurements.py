@@ -65,7 +65,7 @@ SHARING = (
     processes_option,
     click.option(
         "--work",
-        type=OutputPath(),
+        type=OutputPath(filled=True),
         metavar="DIR",
         help="Where what is measured is kept until the end, for the same command to go on with.  "
         "[default: in the user's cache]",
@@ -90,7 +90,7 @@ class SharingOptions:
         from edmdistill.checkpoints.download import in_writable_folder
         from edmdistill.evaluation.shards import Work, evaluations_folder
 
-        return Work(self.work or in_writable_folder(evaluations_folder()))
+        return Work(self.work or in_writable_folder(evaluations_folder() / "any").parent)
 
 
 sharing_options = option_group("sharing", SharingOptions, *SHARING)

@@ -27,14 +27,17 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
 
     The page is one file that needs no network. The tables are printed too.
     """
-    from edmdistill.atomic import atomic_write
+    from edmdistill.atomic import atomic_write, unwritable
+    from edmdistill.errors import EdmDistillError
     from edmdistill.evaluation.results import load_results, read_results
     from edmdistill.evaluation.tables import result_tables, sweep_tables
     from edmdistill.report.page import report
     from edmdistill.report.summary import read_run
 
-    out = out or run / "report.html"
     summary = read_run(run)
+    if out is None and unwritable(run / "report.html"):
+        raise EdmDistillError(f"this user may not write in {run}: add --out FILE.html")
+    out = out or run / "report.html"
     saved = read_results(results) if results else load_results(run)
     measured = result_tables(saved, summary.generator)
     swept = sweep_tables(saved, summary.generator)

@@ -51,7 +51,9 @@ ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
     metavar="DIR|ID",
     help="What decodes latents in grids and [evaluation].  [default: the teacher's, if cached]",
 )
-@click.option("--run-dir", metavar="DIR", required=True, type=OutputPath(), help="Where the run lives; made if new.")
+@click.option(
+    "--run-dir", metavar="DIR", required=True, type=OutputPath(filled=True), help="Where the run lives; made if new."
+)
 @sets_option
 @device_option
 @processes_option

@@ -194,13 +194,14 @@ class OutputPath(click.Path):
     Args:
         suffixes: of the file, in lower case; none = any. Case is ignored.
         moved: it is made aside and moved to its place, which neither ., .. nor a place of a mounted disk can be.
+        filled: it is a folder that is written in where there is one, as a container's volume beside read-only folders.
     """
 
     NAME_BYTES, PATH_BYTES = 255, 4096
 
-    def __init__(self, *suffixes: str, moved: bool = False) -> None:
+    def __init__(self, *suffixes: str, moved: bool = False, filled: bool = False) -> None:
         super().__init__(path_type=Path)
-        self.suffixes, self.moved = suffixes, moved
+        self.suffixes, self.moved, self.filled = suffixes, moved, filled
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         text = str(value)
@@ -224,7 +225,7 @@ class OutputPath(click.Path):
                 self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
             if self.suffixes and whole.is_dir():
                 self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)
-            refusing = unwritable(whole)
+            refusing = unwritable(whole / "file" if self.filled else whole)
         except OSError as error:
             self.fail(f"{text} cannot be reached ({error.strerror}); choose another place.", param, ctx)
         if refusing is not None:
