@@ -5,8 +5,17 @@ traceback.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it came from, each once, although an error may be raised from itself."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def printable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edmdistill.errors import EdmDistillError, counted, duration
+from edmdistill.errors import EdmDistillError, causes, counted, duration
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,11 @@ def test_a_word_without_end_has_its_ends() -> None:
     assert text.endswith("aaz: choose another")
     path = f"/{'/'.join(['folder'] * 100)}"
     assert path in str(EdmDistillError(f"{path} does not exist"))
+
+
+def test_causes_of_an_error_that_was_raised_from_itself() -> None:
+    refused, wrapped = OSError("refused"), EdmDistillError("a file")
+    wrapped.__cause__, refused.__context__ = refused, wrapped
+    assert [*causes(wrapped)] == [wrapped, refused]
+    refused.__cause__ = refused
+    assert [*causes(refused)] == [refused]

@@ -15,8 +15,8 @@ from typing import Any, TextIO, cast
 import click
 
 from edmdistill import __version__
-from edmdistill.errors import EdmDistillError, Interrupted, PeerFailed, printable, printable_lines
-from edmdistill.machine.host import keep_freed_memory
+from edmdistill.errors import EdmDistillError, Interrupted, PeerFailed, causes, printable, printable_lines
+from edmdistill.machine.host import LIMITS, keep_freed_memory
 from edmdistill.methods import METHODS
 
 COMMANDS = {
@@ -53,6 +53,8 @@ REFUSALS = {
     for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENOSPC", "EPERM", "EROFS")
 }
 """OSErrors caused by the user's files and disk; all others are bugs and keep their traceback."""
+NO_FOLDER = "No usable temporary directory"
+"""What tempfile says where it finds no folder that can be written."""
 VERBOSE = "edmdistill.verbose"
 
 
@@ -179,9 +181,12 @@ class MainGroup(LazyGroup):
         except EdmDistillError as error:
             if VERBOSE in ctx.meta:
                 traceback.print_exc()
-            failure = Failure(str(error))
+            failure = Failure(_no_temporary_folder(error) or str(error))
             failure.exit_code = error.exit_code  # type: ignore[misc]  # a class variable to click's stubs
             raise failure from error
+        except (EOFError, BrokenPipeError):  # a bug, of which click would say "Aborted!" or nothing
+            traceback.print_exc()
+            sys.exit(1)
         except (OSError, RuntimeError) as error:
             _forget_refused_output()
             if (sentence := _refusal(error)) is None:
@@ -189,9 +194,6 @@ class MainGroup(LazyGroup):
             if VERBOSE in ctx.meta:
                 traceback.print_exc()
             raise Failure(sentence) from error
-        except EOFError:  # a bug, of which click would say no more than "Aborted!"
-            traceback.print_exc()
-            sys.exit(1)
 
 
 def _forget_refused_output() -> None:
@@ -203,10 +205,17 @@ def _forget_refused_output() -> None:
 
 
 def _refusal(error: OSError | RuntimeError) -> str | None:
-    """Returns a sentence if the machine has refused something: a file, or a GPU its memory."""
-    if isinstance(error, OSError):
+    """Returns a sentence if the machine has refused something: a file, a process or thread, or a GPU its memory."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        advice = LIMITS.get(error.errno)
         name = printable(str(error.filename or "the output"))
-        return f"{name}: {error.strerror}." if error.errno in REFUSALS else None
+        return f"{name}: {error.strerror}{f'; {advice}' if advice else ''}."
+    no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    is_blocked = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")  # not by a full pipe
+    if no_thread or is_blocked:
+        return f"no more processes or threads can be started: {LIMITS[errno.EAGAIN]}."
+    if isinstance(error, OSError):
+        return _no_temporary_folder(error)
     if "torch" not in sys.modules:  # click's Exit is a RuntimeError too
         return None
 
@@ -218,6 +227,13 @@ def _refusal(error: OSError | RuntimeError) -> str | None:
         f"the GPU's memory is full ({str(error).partition('.')[0]}): free some of it, choose another --device, "
         "or give a smaller --batch or --dtype float16 where the command has them"
     )
+
+
+def _no_temporary_folder(error: BaseException) -> str | None:
+    """Returns a sentence if an error comes from tempfile, which found no folder that can be written; else None."""
+    if any(isinstance(cause, FileNotFoundError) and NO_FOLDER in str(cause) for cause in causes(error)):
+        return "there is no folder where temporary files can be written: set TMPDIR to one"
+    return None
 
 
 class _Lasting:

@@ -14,6 +14,7 @@ CHECKS: dict[str, Check] = {
     "namesakes": packages.check_namesakes,
     "memory": resources.check_memory,
     "disk": resources.check_disk,
+    "temporary files": resources.check_temporary_files,
     "locks": resources.check_locks,
     "shared memory": resources.check_shared_memory,
 }

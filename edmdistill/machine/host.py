@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import resource
@@ -11,6 +12,14 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of parameters, in malloc.h."""
+
+LIMITS: dict[int | None, str] = {
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u, or the container's), or use fewer --processes "
+    "or --workers",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+"""What helps where a limit of this user or process was reached, by the number of the system's error."""
 
 
 def cores() -> int:

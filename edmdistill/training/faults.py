@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from edmdistill.checkpoints.layout import saved_states
-from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError
+from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError, causes
+from edmdistill.machine.host import LIMITS
 from edmdistill.training.monitors import Diverged, Health
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir
 from edmdistill.training.state import newest_healthy
 from edmdistill.transfer import is_out_of_memory
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DISK_ERRORS = DISK_FULL | {errno.EROFS, errno.EIO}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EROFS, errno.EIO}
 
 
 class Context(NamedTuple):
@@ -74,11 +74,13 @@ def _disk_refuses(error: CheckpointError | OSError, context: Context) -> Trainin
         return None
     newest = max(saved_states(context.folder.state), default=None)
     retry = f"to resume from {newest}" if newest else "again, which starts from the beginning"
-    cause = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(cause, OSError) and cause.errno not in DISK_FULL:
-        advice = "; make the disk writable"
-    else:
+    number = next((cause.errno for cause in causes(error) if isinstance(cause, OSError)), errno.ENOSPC)
+    if number == errno.ENOSPC:
         advice = f", with {shutil.disk_usage(context.folder.path).free / 1e6:.1f} MB free there: free some space"
+    elif number == errno.EDQUOT:  # which may be full on an empty disk
+        advice = "; free some of it"
+    else:
+        advice = f"; {LIMITS.get(number, 'make the disk writable')}"
     return TrainingError(f"{_sentence(error)}{advice}, and run the same command {retry}")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,7 +87,8 @@ class Stream:
 
     def __enter__(self) -> Stream:
         if self.workers:
-            self._pool = self._open.enter_context(_workers(self.workers, self.reader))
+            with _explained():
+                self._pool = self._open.enter_context(_workers(self.workers, self.reader))
         return self
 
     def __exit__(
@@ -112,7 +113,12 @@ class Stream:
             for start, stop in requests:
                 yield self.read(start, stop)
             return
-        answers = in_order(lambda request: pool.submit(_answer, request), requests, AHEAD * self.workers)
+
+        def submit(request: tuple[int, int]) -> Future[Batch]:
+            with _explained():  # it starts a worker, until there are enough
+                return pool.submit(_answer, request)
+
+        answers = in_order(submit, requests, AHEAD * self.workers)
         try:
             yield from map(self._place, answers)
         except BrokenProcessPool as error:
@@ -124,6 +130,18 @@ class Stream:
     def _place(self, batch: Batch) -> Batch:
         labels = None if batch.labels is None else to_device(batch.labels, self.device)
         return Batch(to_device(batch.x0, self.device), labels)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raises TrainingError where the system does not let a worker start; the server of forks may have said why."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise TrainingError(
+            f"a data worker cannot be started ({error}): use fewer --workers, or --workers 0; or raise the limits of "
+            "processes and open files (ulimit -u, ulimit -n), and see that /dev/shm can be written"
+        ) from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command line as such: help, exit codes and errors. Each command's own test is beside this one."""
 
+import errno
 import io
 import os
 import re
@@ -361,15 +362,16 @@ def test_ctrl_c_while_words_are_parsed_is_one_line_too(monkeypatch: pytest.Monke
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
 
 
-def test_an_unexpected_end_of_a_file_keeps_its_traceback(run):
-    """Of an EOFError, click would say no more than `Aborted!`."""
+@pytest.mark.parametrize("error", [EOFError("ours"), BrokenPipeError(errno.EPIPE, "ours")])
+def test_an_unexpected_end_of_a_file_or_pipe_keeps_its_traceback(run, error: Exception):
+    """Of an EOFError, click would say no more than `Aborted!`; of a pipe, nothing."""
 
     def body() -> None:
-        raise EOFError("ours")
+        raise error
 
     result = run(body)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == "EOFError: ours"
+    assert result.stderr.splitlines()[-1] == f"{type(error).__name__}: {error}"
 
 
 def test_a_fault_of_ours_keeps_its_traceback(run):

@@ -4,6 +4,9 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -39,7 +42,56 @@ def test_a_refusal_is_one_sentence(body, number: int):
 
     result = body(command)
     assert result.exit_code == 2
-    assert result.stderr == f"Error: a/file: {os.strerror(number)}.\n"
+    advice = {errno.EFBIG: "; raise the limit of a file's size (ulimit -f)"}
+    advice[errno.EMFILE] = "; raise the limit of open files (ulimit -n)"
+    assert result.stderr == f"Error: a/file: {os.strerror(number)}{advice.get(number, '')}.\n"
+
+
+def no_process() -> None:
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def no_thread() -> None:
+    size = threading.stack_size(2**46)  # more than a process can have
+    try:
+        threading.Thread(target=int).start()
+    finally:
+        threading.stack_size(size)
+
+
+@pytest.mark.parametrize("command", [no_process, no_thread])
+def test_no_more_processes_and_threads(body, command: Callable[[], None]):
+    """By `ulimit -u`, or a container's limit."""
+    result = body(command)
+    assert result.exit_code == 2
+    sentence = "raise the limit of processes and threads (ulimit -u, or the container's), or use fewer --processes or "
+    assert result.stderr == f"Error: no more processes or threads can be started: {sentence}--workers.\n"
+
+
+def test_an_output_that_would_block_keeps_its_traceback(body):
+    def command():
+        raise BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0)
+
+    assert isinstance(body(command).exception, BlockingIOError)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_folder_for_temporary_files(body, wrapped: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+
+    def command():
+        try:
+            tempfile.gettempdir()
+        except OSError as error:
+            if wrapped:
+                raise CheckpointError("a cannot be written") from error
+            raise
+
+    result = body(command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: there is no folder where temporary files can be written: set TMPDIR to one")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

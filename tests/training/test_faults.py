@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from toy_runs import ALL_METHODS
 
-from edmdistill.errors import TrainingError
+from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.training import session, state
@@ -194,6 +194,30 @@ def test_a_full_disk(start, whole, tmp_path, monkeypatch):
         start("sid", images=64, snapshot_every=16), tmp_path / "run", on_message=lambda sentence: None
     ).finished
     assert what_it_left(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EFBIG, "raise the limit of a file's size (ulimit -f)"),
+        (errno.EMFILE, "raise the limit of open files (ulimit -n)"),
+        (errno.EDQUOT, "free some of it"),
+    ],
+)
+def test_a_limit_is_no_full_disk(start, tmp_path, monkeypatch, number, advice):
+    save, files = state.save_tensors, []
+
+    def refused(path, tensors):
+        files.append(path)
+        if len(files) > 3:  # a state
+            raise CheckpointError("of a file") from OSError(number, os.strerror(number))
+        save(path, tensors)
+
+    monkeypatch.setattr(state, "save_tensors", refused)
+    with pytest.raises(TrainingError) as error:
+        train(start("sid", images=32, snapshot_every=16), tmp_path / "run")
+    newest = tmp_path / "run/state/000000000016"
+    assert str(error.value).endswith(f"; {advice}, and run the same command to resume from {newest}")
 
 
 def test_a_disk_that_became_read_only(start, tmp_path, monkeypatch):

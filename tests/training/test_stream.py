@@ -1,5 +1,6 @@
 """The stream of training data: the same from any position and with any workers, whatever becomes of these."""
 
+import errno
 import io
 import itertools
 import json
@@ -131,6 +132,28 @@ def test_a_killed_worker_is_one_sentence(images: Dataset) -> None:
         with pytest.raises(TrainingError, match=r"^a data worker died, .*--workers 0 .*resumes from the last state$"):
             list(batches)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("edmdistill.training.stream.ProcessPoolExecutor.__init__", OSError(errno.EROFS, "Read-only file system")),
+        ("edmdistill.training.stream.forkserver.ensure_running", BlockingIOError(errno.EAGAIN, "Try again")),
+        ("edmdistill.training.stream.ProcessPoolExecutor.submit", BrokenPipeError(errno.EPIPE, "Broken pipe")),
+        ("edmdistill.training.stream.ProcessPoolExecutor.submit", EOFError("unexpected EOF")),
+    ],
+    ids=["no /dev/shm", "no server", "the server has ended", "no fork"],
+)
+def test_a_worker_that_cannot_be_started_is_one_sentence(
+    images: Dataset, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(name, refuse)
+    sentence = r"^a data worker cannot be started \(.*\): use fewer --workers, or "
+    with pytest.raises(TrainingError, match=sentence), stream(images, workers=1) as one:
+        next(one.batches(endless()))
 
 
 def test_workers_leave_signals_to_the_main_process(images: Dataset) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edmdistill.errors import CheckpointError
 from edmdistill.machine.checks.finding import GIB, Finding
 
 
@@ -30,7 +31,10 @@ def abandoned_evaluations() -> list[Path]:
     """Returns the folders of evaluations in the user's cache that no command makes now."""
     from edmdistill.evaluation.shards import Work, evaluations_folder
 
-    return Work(evaluations_folder()).abandoned()
+    try:
+        return Work(evaluations_folder()).abandoned()
+    except (CheckpointError, PermissionError):  # no home folder, or another user's: nothing was kept there
+        return []
 
 
 def remove_evaluations() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edmdistill.checkpoints.download import cache_folder
-from edmdistill.errors import counted
+from edmdistill.errors import CheckpointError, counted
 from edmdistill.machine.checks.finding import GIB, Finding
 from edmdistill.machine.host import cores, host_memory
 
@@ -40,12 +41,17 @@ def check_threads() -> Iterator[Finding]:
 
 def check_disk() -> Iterator[Finding]:
     """Checks the space for a run in this folder, and for downloads; a state of CoSIM on EDM2-S takes over 6 GB."""
-    for name, folder, other in (
-        ("disk", Path.cwd(), "train with a --run-dir on another disk"),
-        ("cache", cache_folder(), "set EDMDISTILL_CACHE to a folder on another disk"),
-        ("hub cache", _hub_cache(), "set HF_HOME to a folder on another disk"),
+    for name, find, other in (
+        ("disk", Path.cwd, "train with a --run-dir on another disk"),
+        ("cache", cache_folder, "set EDMDISTILL_CACHE to a folder on another disk"),
+        ("hub cache", _hub_cache, "set HF_HOME to a folder on another disk"),
     ):
-        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        try:
+            folder = find()
+        except (CheckpointError, RuntimeError):  # as of a container's user, who has a number alone
+            yield Finding(name, "warn", "there is no home folder for it", other)
+            continue
+        place = next(parent for parent in (folder, *folder.parents) if os.path.isdir(parent))  # False if unreachable
         free = shutil.disk_usage(place).free / GIB
         detail = f"{free:.1f} GiB free for {folder}"
         if not os.access(place, os.W_OK | os.X_OK):
@@ -56,6 +62,14 @@ def check_disk() -> Iterator[Finding]:
             yield Finding(name, "fail" if free < 1 else "warn", detail, f"free some space, or {other}")
 
 
+def check_temporary_files() -> Iterator[Finding]:
+    """Checks that torch finds a folder for temporary files, without which it does not train, compile or export."""
+    try:
+        yield Finding("temporary files", "ok", f"are written in {tempfile.gettempdir()}")
+    except FileNotFoundError:
+        yield Finding("temporary files", "fail", "no folder for them can be written", "set TMPDIR to one that can")
+
+
 def check_locks() -> Iterator[Finding]:
     """Checks flock, which protects a run directory from a second process and which some network file systems lack."""
     other = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -64,9 +78,10 @@ def check_locks() -> Iterator[Finding]:
         with tempfile.NamedTemporaryFile(dir=".", prefix=".edmdistill-doctor-") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             second = subprocess.run([sys.executable, "-P", "-c", other, file.name], capture_output=True, check=False)
-    except PermissionError:
-        yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "train with a --run-dir elsewhere")
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "train with a --run-dir elsewhere")
+            return
         yield Finding("locks", "fail", f"files in {Path.cwd()} cannot be locked: {error.strerror}", fix)
     else:
         if second.returncode == 0:

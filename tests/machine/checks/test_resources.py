@@ -1,7 +1,9 @@
 """Disks, memory and locks that are not enough."""
 
+import errno
 import os
 import shutil
+import tempfile
 import types
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from machine_findings import only_finding
 
 from edmdistill.machine import host
 from edmdistill.machine.checks import resources
+from edmdistill.machine.checks.evaluations import check_evaluations
 from edmdistill.machine.checks.finding import GIB
 from edmdistill.machine.host import host_memory
 
@@ -89,6 +92,50 @@ def test_locks_that_keep_nobody_out(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(resources.fcntl, "flock", refused)
     assert only_finding(resources.check_locks).detail == f"files in {tmp_path} cannot be locked: No locks available"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_locks_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch, number: int):
+    def refused(**options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(resources.tempfile, "NamedTemporaryFile", refused)
+    finding = only_finding(resources.check_locks)
+    assert (finding.level, finding.fix) == ("warn", "train with a --run-dir elsewhere")
+
+
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch):
+    """As in a container whose user has a number alone; or with the home folder of another, which may not be entered."""
+    for name in ("EDMDISTILL_CACHE", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HF_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert [finding.detail for finding in resources.check_disk()][1:] == ["there is no home folder for it"] * 2
+    assert only_finding(check_evaluations).level == "ok"
+    monkeypatch.setenv("HOME", "/root")
+    is_dir, access = Path.is_dir, os.access
+
+    def refused(path: Path, *arguments: object) -> bool:
+        if str(path).startswith("/root/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refused)  # nothing is refused to root
+    monkeypatch.setattr(os.path, "isdir", lambda path: not str(path).startswith("/root/"))
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/root" and access(path, mode))
+    cannot = [f"/root/.cache/{name} cannot be written" for name in ("edmdistill", "huggingface/hub")]
+    assert [finding.detail for finding in resources.check_disk()][1:] == cannot
+    assert only_finding(check_evaluations).level == "ok"
+
+
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch):
+    assert only_finding(resources.check_temporary_files).level == "ok"
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert only_finding(resources.check_temporary_files).fix == "set TMPDIR to one that can"
 
 
 @pytest.mark.parametrize(("free", "level"), [(1 / 16, "warn"), (8, "ok")])
