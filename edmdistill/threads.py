@@ -1,8 +1,10 @@
-"""Work in threads: on items, in order and ahead of their consumer (`ahead`), or one job in the background."""
+"""Work in threads: on items, in order and ahead of their consumer (`ahead`), or one job in the background; the number
+of cores for it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from collections import deque
@@ -17,6 +19,11 @@ U = TypeVar("U")
 _HERE = threading.local()
 PATIENCE = 5.0
 """Seconds that a thread has to end, and to clean up, before it is told again."""
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may run on, as a batch system or `taskset` leaves it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ahead(

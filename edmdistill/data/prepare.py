@@ -7,7 +7,6 @@ in a hidden folder beside its destination, with a record of how far it is; the s
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from edmdistill.data.sources import open_pictures
 from edmdistill.data.tar_files import is_compressed
 from edmdistill.data.transforms import Size, find_transform
 from edmdistill.errors import DatasetError, printable
+from edmdistill.threads import usable_cores
 
 SAVED = 2.0
 """Seconds between two records of the progress."""
@@ -82,7 +82,7 @@ def prepare_data(
         transform: a key of TRANSFORMS.
         max_images: the number of pictures to read, from the first.
         labels, split: see `open_pictures`.
-        workers: threads; None: one for each core.
+        workers: threads; None: one for each core that this process may use.
         overwrite: replace `out`, or an unfinished zip that was begun otherwise.
         on_progress: called with the number of pictures that are done, and the number of all.
         on_bytes: see `open_pictures`.
@@ -116,7 +116,7 @@ def prepare_data(
         )
         job = PackJob(source, pictures, chosen, size, total)
         with EdmZip(state.images, state.progress.bytes) as archive:
-            _write_images(archive, state, job, workers or os.cpu_count() or 1, on_progress)
+            _write_images(archive, state, job, workers or usable_cores(), on_progress)
             if not archive.names:
                 raise DatasetError(f"{source}: {transform} leaves no picture of {total:,}; choose another one")
             record = _record(archive, state, job, settings)

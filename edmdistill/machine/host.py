@@ -8,7 +8,10 @@ import os
 import platform
 import resource
 import sys
-from pathlib import Path
+from itertools import product
+from pathlib import Path, PurePosixPath
+
+from edmdistill.threads import usable_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of parameters, in malloc.h."""
@@ -23,25 +26,42 @@ LIMITS: dict[int | None, str] = {
 
 
 def cores() -> int:
-    """Returns the number of CPU cores that this process may use, within the quota of the control group, v2 or v1."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    v1 = (read_system_file(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us").strip() for part in ("quota", "period"))
-    quota, period = read_system_file("/sys/fs/cgroup/cpu.max").split() or v1  # microseconds
-    return min(count, -(-int(quota) // int(period))) if quota.isdigit() else count
+    """Returns the number of CPU cores that this process may use, within the quotas of its control groups, v2 or v1."""
+    count = usable_cores()
+    for folder in _control_groups("cpu"):
+        v1 = (read_system_file(f"{folder}/cpu.cfs_{part}_us").strip() for part in ("quota", "period"))
+        quota, period = read_system_file(f"{folder}/cpu.max").split() or v1  # microseconds
+        if quota.isdigit():
+            count = min(count, -(-int(quota) // int(period)))
+    return count
 
 
 def host_memory() -> tuple[int, int]:
-    """Returns total and free memory in bytes, within the limits of the control group, v2 or v1."""
+    """Returns total and free memory in bytes, within the limits of this process's control groups, v2 or v1."""
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in read_system_file("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    v1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
-    for names in (("memory.max", "memory.current"), v1):
-        limit, used = (read_system_file(f"/sys/fs/cgroup/{name}").strip() for name in names)
+    v1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    for folder, names in product(_control_groups("memory"), (("memory.max", "memory.current"), v1)):
+        limit, used = (read_system_file(f"{folder}/{name}").strip() for name in names)
         if limit.isdigit() and used.isdigit():
             total, free = min(total, int(limit)), min(free, int(limit) - int(used))
     return total, free
+
+
+def _control_groups(controller: str) -> list[str]:
+    """Returns the folders of this process's control group and of those around it, v2 or v1, whether they exist or not.
+
+    A container sees its own group as the root; in a Slurm job, the limits are those of a group below it.
+    """
+    folders = ["/sys/fs/cgroup", f"/sys/fs/cgroup/{controller}"]
+    for line in read_system_file("/proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)  # 0::/the/group of v2, 4:cpu,cpuacct:/the/group of v1
+        if not controllers or controller in controllers.split(","):
+            path = PurePosixPath(group)
+            folders += [f"{folders[bool(controllers)]}{inner}" for inner in (path, *path.parents) if inner.name]
+    return folders
 
 
 def keep_freed_memory() -> None:

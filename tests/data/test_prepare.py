@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.edm_zip import encode_png
+from edmdistill.data.packing import Packed, PackJob, packed_chunks
 from edmdistill.data.pictures import ANIMATED, CLIPPED, CMYK, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
 from edmdistill.data.prepare import prepare_data, to_text
 from edmdistill.errors import DatasetError, EdmDistillError
@@ -47,6 +49,21 @@ def test_official_goldens(case: str, tmp_path: Path) -> None:
     assert document["label_names"] == ["tench, Tinca tinca", "crane", "daisy"]
     data = open_dataset(out)
     assert (data.label_dim, data.label_names, data.notes) == (3, document["label_names"], [])
+
+
+def test_threads_are_as_many_as_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a node with 128 cores, a batch job may have two."""
+    asked: list[int] = []
+
+    def chunks(job: PackJob, done: int, workers: int) -> Generator[list[Packed]]:
+        asked.append(workers)
+        return packed_chunks(job, done, workers)
+
+    monkeypatch.setattr("edmdistill.data.prepare.packed_chunks", chunks)
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {4, 5}, raising=False)
+    prepare_data(GOLDEN / "source", tmp_path / "out.zip", resolution=8, transform="center-crop")
+    assert asked == [2]
 
 
 CHANGED = {

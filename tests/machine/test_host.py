@@ -117,6 +117,31 @@ def test_cores_within_a_control_group_of_the_first_version(
     assert host.cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("groups", "root"),
+    [
+        ("0::/slurm/job_7/step_0\n", "/sys/fs/cgroup"),
+        ("9:pids:/else\n4:cpu,cpuacct:/slurm/job_7\n3:memory:/slurm/job_7/step_0\n", None),
+    ],
+    ids=["v2", "v1"],
+)
+def test_limits_of_a_job_are_in_a_group_of_its_own(
+    groups: str, root: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root's files, and the step's, set none."""
+    job = f"{root}/slurm/job_7"
+    v2 = {f"{job}/cpu.max": "200000 100000\n", f"{job}/memory.max": f"{GIB}\n", f"{job}/memory.current": "0\n"}
+    v2 |= {f"{job}/step_0/cpu.max": "max 100000\n", f"{job}/step_0/memory.max": "max\n"}
+    cpu, memory = (f"/sys/fs/cgroup/{name}/slurm/job_7" for name in ("cpu", "memory"))
+    v1 = {f"{cpu}/cpu.cfs_quota_us": "200000\n", f"{cpu}/cpu.cfs_period_us": "100000\n"}
+    v1 |= {f"{memory}/memory.limit_in_bytes": f"{GIB}\n", f"{memory}/memory.usage_in_bytes": "0\n"}
+    system = {"/proc/self/cgroup": groups} | (v2 if root else v1)
+    monkeypatch.setattr(host, "read_system_file", lambda path: system.get(path, ""))
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    assert host.cores() == 2
+    assert host.host_memory()[0] == GIB
+
+
 def test_a_file_that_is_not_there_is_empty(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("text")
     assert [host.read_system_file(str(tmp_path / name)) for name in ("there", "not", ".")] == ["text", "", ""]

@@ -72,7 +72,7 @@ def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, free: in
 
 @pytest.mark.parametrize(("quota", "level"), [("max 100000\n", "ok"), ("200000 100000\n", "warn")])
 def test_threads_within_a_control_group(monkeypatch: pytest.MonkeyPatch, quota: str, level: str):
-    monkeypatch.setattr(host, "read_system_file", lambda path: quota)
+    monkeypatch.setattr(host, "read_system_file", lambda path: quota if path.endswith("/cpu.max") else "")
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: range(16), raising=False)
     monkeypatch.setattr("torch.get_num_threads", lambda: 16)
     finding = only_finding(resources.check_threads)
