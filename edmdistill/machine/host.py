@@ -17,8 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of parameters, in malloc.h."""
 
 LIMITS: dict[int | None, str] = {
-    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u, or the container's), or use fewer --processes "
-    "or --workers",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u, or the container's)",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }

@@ -64,8 +64,8 @@ def test_no_more_processes_and_threads(body, command: Callable[[], None]):
     """By `ulimit -u`, or a container's limit."""
     result = body(command)
     assert result.exit_code == 2
-    sentence = "raise the limit of processes and threads (ulimit -u, or the container's), or use fewer --processes or "
-    assert result.stderr == f"Error: no more processes or threads can be started: {sentence}--workers.\n"
+    sentence = "raise the limit of processes and threads (ulimit -u, or the container's)"
+    assert result.stderr == f"Error: no more processes or threads can be started: {sentence}.\n"
 
 
 def test_an_output_that_would_block_keeps_its_traceback(body):
