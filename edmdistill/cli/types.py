@@ -225,7 +225,7 @@ class OutputPath(click.Path):
                 self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
             if self.suffixes and whole.is_dir():
                 self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)
-            refusing = unwritable(whole / "file" if self.filled else whole)
+            refusing = unwritable(whole / "file" if self.filled and whole.is_dir() else whole)
         except OSError as error:
             self.fail(f"{text} cannot be reached ({error.strerror}); choose another place.", param, ctx)
         if refusing is not None:
