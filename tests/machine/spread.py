@@ -47,7 +47,7 @@ def recipe(case: str, rounds: int) -> Recipe:
 
 def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
-    source = source_of(case.split(",")[0], teacher)
+    source = source_of(case.split(",")[0], teacher) or teacher  # diffusion trains it further, in its float64
     force, tables = "guidance" in CASES[case], recipe(case, count)
     if isinstance(machine.micro_batch, int):
         machine = machine._replace(micro_batch=max(machine.micro_batch, tables.group_size))
@@ -83,5 +83,4 @@ def main(teacher: str, out: str, count: str, *ways: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
     main(*sys.argv[1:])

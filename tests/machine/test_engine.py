@@ -48,11 +48,7 @@ def losses(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
         flow, config = load_checkpoint(teacher)
         save_sources(folder / "teacher", flow.double(), config)
         rounds, *shared = WAYS[way]
-        torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
-        try:
-            one = SPREAD["measured"](folder / "teacher", rounds, "8")
-        finally:
-            torch.set_default_dtype(torch.float32)
+        one = SPREAD["measured"](folder / "teacher", rounds, "8")
         run_by_two(SCRIPT, folder / "teacher", folder / "two.json", rounds, *shared)
         return one, json.loads((folder / "two.json").read_text())
 
