@@ -1,8 +1,7 @@
-"""EDM's augmentation of images: the network is told how each was changed, so that samples, of which it is told nothing,
-show none of it.
+"""EDM's augmentation, without leaks: the network is conditioned on it, and samples, with labels of 0, show none of it.
 
     x0' = x0, flipped and moved: what is at p, from the center, comes from M (p - shift)
-    a   = the amounts of all augmentations, each 0 if it was left out
+    a   = augmentation labels: the amount of each augmentation, 0 where it was left out
     F(x_t, t, labels, a)
 
 Half of the images are mirrored; each of the other augmentations has a probability of `augment`.
@@ -42,7 +41,8 @@ SYM6 = (
 
 
 Augment = Annotated[
-    float, Meta(ge=0, le=1, description="probability of each of EDM's augmentations, of which the network is told")
+    float,
+    Meta(ge=0, le=1, description="probability of each of EDM's augmentations; the network is conditioned on them"),
 ]
 Augmentations = Annotated[tuple[Augmentation, ...], Meta(min_length=1, description="which augmentations these are")]
 
@@ -75,8 +75,8 @@ def check_augment(config: Any) -> None:
         raise ValueError(f"augmentations must be some of {', '.join(LABELS)}, each once and in this order")
 
 
-def told(role: Role, config: AugmentOptions) -> Role:
-    """Returns the role with the labels of the augmentations as an input."""
+def augment_role(role: Role, config: AugmentOptions) -> Role:
+    """Returns the role, conditioned on the augmentation labels."""
     labels = sum(LABELS[name] for name in config.augmentations) if config.augment else 0
     return role._replace(augment_dim=labels)
 
@@ -96,7 +96,7 @@ class Move(NamedTuple):
 
 
 def augmented(batch: Batch, draws: Draws, config: AugmentOptions) -> Batch:
-    """Returns the batch with augmented images, and labels that tell of it; the batch as it is, if augment = 0."""
+    """Returns the batch with augmented images and their augmentation labels; the batch as it is, if augment = 0."""
     if not config.augment:
         return batch
     x0, labels = batch.x0, []
@@ -166,7 +166,7 @@ def moved(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     Differs: the official code pads all images as far as one of the batch needs; here each is padded to its reflection.
     """
     height, width = x.shape[2:]
-    kernel = separable(SYM6).to(x.device)
+    kernel = separable(SYM6, "cpu").to(x.device)
     fine = upsample(f.pad(x, (width - 1, width - 1, height - 1, height - 1), mode="reflect"), kernel)
     edge = len(SYM6) // 4  # pixels beyond the image that the filter reads
     size = torch.tensor([width, height], dtype=matrix.dtype, device=x.device)

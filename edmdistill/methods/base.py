@@ -81,7 +81,7 @@ def with_inputs(network: FlowFunction, **inputs: Tensor | None) -> FlowFunction:
     """Returns the network with inputs filled in, for callers that do not know of them.
 
     Args:
-        inputs: w, a guidance weight; second, a time; or augment_labels, a batch's; None: left open.
+        inputs: w, a guidance weight; second, a time; or augment_labels; None: left open.
     """
     fixed: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
     return partial(network, **fixed) if fixed else network  # type: ignore[return-value]
@@ -101,7 +101,7 @@ class Batch(NamedTuple):
         x0: images or latents as the teacher takes them, float32.  [B,C,H,W]
         labels: float32, or None.  [B,label_dim]
         images: images seen before this batch's round.
-        augment_labels: how x0 was augmented, see `augment_pipe`; None: it was not.  [B,k]
+        augment_labels: of x0, see `augment_pipe`; None: it is not augmented.  [B,k]
     """
 
     x0: Tensor
@@ -109,8 +109,8 @@ class Batch(NamedTuple):
     images: int = 0
     augment_labels: Tensor | None = None
 
-    def tell(self, network: FlowFunction) -> FlowFunction:
-        """Returns the network, told how x0 was augmented."""
+    def conditioned(self, network: FlowFunction) -> FlowFunction:
+        """Returns the network, conditioned on the augmentation labels."""
         return with_inputs(network, augment_labels=self.augment_labels)
 
 
@@ -148,7 +148,7 @@ class Role(NamedTuple):
         head: kind of the discriminator of its features, a key of networks.heads.HEADS; None: it has none.
         make: (teacher, seed) -> a network of another kind; None: a copy of the source.
         sigma_min: the lowest noise level that it is for; None: the source's.
-        augment_dim: how many numbers tell it how its images were augmented; 0: they are not.
+        augment_dim: number of augmentation labels that it is conditioned on.
     """
 
     trained: bool

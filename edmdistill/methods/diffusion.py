@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from edmdistill.draws import Draws
-from edmdistill.methods.augment_pipe import AugmentConfig, augmented, told
+from edmdistill.methods.augment_pipe import AugmentConfig, augment_role, augmented
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
 from edmdistill.methods.noising import noised
 from edmdistill.methods.weighting import adaptive
@@ -39,7 +39,7 @@ class Diffusion(Method[DiffusionConfig]):
 
     @classmethod
     def roles_for(cls, config: DiffusionConfig) -> dict[str, Role]:
-        return {"teacher": told(cls.roles["teacher"], config)}
+        return {"teacher": augment_role(cls.roles["teacher"], config)}
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("teacher", self.velocity_loss),)
@@ -50,7 +50,7 @@ class Diffusion(Method[DiffusionConfig]):
         Source: EDM, eq. 2 and 8; sCM, eq. 4 and 25, appendix D with w = -u.
         """
         batch, sigma_data = augmented(batch, draws, self.config), self.noise.sigma_data
-        teacher = batch.tell(self.teacher)
+        teacher = batch.conditioned(self.teacher)
         t = lognormal_times(draws, sigma_data, P_mean=self.config.P_mean, P_std=self.config.P_std)
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         target = v / sigma_data

@@ -26,7 +26,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.augment_pipe import AugmentConfig, augmented, told
+from edmdistill.methods.augment_pipe import AugmentConfig, augment_role, augmented
 from edmdistill.methods.base import Batch, Loss, Method, Role, Sampling, SecondGain, Turn
 from edmdistill.methods.moment_matching import PATHS, elbo_weight, squared_mmd
 from edmdistill.trigflow import ddim_step, denoised, diffuse
@@ -48,7 +48,7 @@ class IMM(Method[IMMConfig]):
 
     @classmethod
     def roles_for(cls, config: IMMConfig) -> dict[str, Role]:
-        return {"generator": told(cls.roles["generator"], config)._replace(second_gain=config.s_gain)}
+        return {"generator": augment_role(cls.roles["generator"], config)._replace(second_gain=config.s_gain)}
 
     @classmethod
     def group_size(cls, config: IMMConfig) -> int:
@@ -65,7 +65,7 @@ class IMM(Method[IMMConfig]):
         """Returns each particle's part of L, whose mean is L."""
         config, sigma_data = self.config, self.noise.sigma_data
         batch = augmented(batch, draws, config)
-        generator = batch.tell(self.networks["generator"])
+        generator = batch.conditioned(self.networks["generator"])
         t, s, r = (time.repeat_interleave(config.particles) for time in self.draw_times(draws))
         z = draws.normal_like(batch.x0, sigma_data)
         with torch.no_grad():  # so that both share the dropout of the next pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.augment_pipe import LABELS, Augment, Augmentations, augmented, check_augment, told
+from edmdistill.methods.augment_pipe import LABELS, Augment, Augmentations, augment_role, augmented, check_augment
 from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.flow_map import FlowMap, FlowMapConfig
 
@@ -29,7 +29,7 @@ class MeanFlow(FlowMap[MeanFlowConfig]):
     @classmethod
     def roles_for(cls, config: MeanFlowConfig) -> dict[str, Role]:
         roles = super().roles_for(config)
-        return roles | {"generator": told(roles["generator"], config)}
+        return roles | {"generator": augment_role(roles["generator"], config)}
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         return super().generator_loss(augmented(batch, draws, self.config), draws)

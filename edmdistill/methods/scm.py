@@ -115,7 +115,7 @@ class ContinuousConsistency(Method[ContinuousT]):
         with torch.no_grad():
             dx = self.velocity(x_t, t, batch.labels, v, w)
         return continuous_tangent(
-            batch.tell(self.generator_to(t - d, w)),
+            batch.conditioned(self.generator_to(t - d, w)),
             x_t,
             t,
             batch.labels,

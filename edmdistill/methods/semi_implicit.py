@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.augment_pipe import AugmentConfig, told
+from edmdistill.methods.augment_pipe import AugmentConfig, augment_role
 from edmdistill.methods.base import Batch, Loss, NoiseRange, Role, Sampling
 from edmdistill.methods.noising import one_step
 from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
@@ -54,7 +54,7 @@ class OneStep(ScoreDistillation[OneStepT]):
 
     @classmethod
     def roles_for(cls, config: OneStepT) -> dict[str, Role]:
-        return {name: role if name == "generator" else told(role, config) for name, role in cls.roles.items()}
+        return {name: role if name == "generator" else augment_role(role, config) for name, role in cls.roles.items()}
 
     @classmethod
     def sampling(cls, config: OneStepT) -> Sampling:

@@ -39,8 +39,8 @@ class SiD(OneStep[SiDConfig]):
             s = lognormal_times(draws, sigma_data, P_mean=config.P_mean, P_std=config.P_std)
             generated = augmented(batch._replace(x0=self.generate(batch, draws)), draws, config)
             x_s, v = noised(generated.x0, s, draws, sigma_data)
-            F_teacher = generated.tell(self.teacher)(x_s, s, batch.labels) if beta < 1 else 0.0
-        F_aux = generated.tell(self.auxiliary)(x_s, s, batch.labels)
+            F_teacher = generated.conditioned(self.teacher)(x_s, s, batch.labels) if beta < 1 else 0.0
+        F_aux = generated.conditioned(self.auxiliary)(x_s, s, batch.labels)
         return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, beta=beta)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:

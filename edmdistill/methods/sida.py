@@ -70,8 +70,8 @@ class SiDA(OneStep[SiDAConfig]):
             data = augmented(batch, draws, config)
         s = lognormal_times(draws, sigma_data, P_mean=config.P_mean, P_std=config.P_std)
         z = draws.normal_like(batch.x0, sigma_data)
-        F_aux, fake = generated.tell(self.auxiliary)(diffuse(generated.x0, z, s), s, batch.labels, logits="also")
-        real = data.tell(self.auxiliary)(diffuse(data.x0, z, s), s, batch.labels, logits="alone")
+        F_aux, fake = generated.conditioned(self.auxiliary)(diffuse(generated.x0, z, s), s, batch.labels, logits="also")
+        real = data.conditioned(self.auxiliary)(diffuse(data.x0, z, s), s, batch.labels, logits="alone")
         loss = auxiliary_loss(F_aux, 0.0, velocity(generated.x0, z, s), s, sigma_data=sigma_data, beta=1.0)
         mean_weight = math.exp(config.exponent) + sigma_data**-2
         judged = config.gan_auxiliary * sigma_data**2 * mean_weight / 2 * NON_SATURATING.discriminator(real, fake)

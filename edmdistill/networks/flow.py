@@ -162,7 +162,7 @@ class FlowNetwork(nn.Module):
             features: whether the encoder's are returned alone: [B,C,h,w] from each level, the bottleneck last.
             along: dx and dt, of the shapes of x_t and t, and dsecond of that of second, which without it is constant.
                 Not with logits or features.
-            augment_labels: how x_t was augmented, for a network with augment_dim; None = it was not.  [B,augment_dim]
+            augment_labels: EDM's augmentation labels, for a network with augment_dim; None = 0.  [B,augment_dim]
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
         Raises: ValueError: a second time, w or augment_labels for a network without, or a label out of range; shapes
             differ; a direction has a gradient, or torch's own forward-mode differentiation is active.

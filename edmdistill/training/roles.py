@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from edmdistill.errors import TrainingError, counted
+from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import compile_blocks
 from edmdistill.machine.engine import Engine
 from edmdistill.machine.offload import offload
@@ -57,8 +57,8 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
         return role.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
     if role.augment_dim and role.augment_dim != flow.augment_dim:
         raise TrainingError(
-            f"method.augment tells the network of augmentations in {counted(role.augment_dim, 'number')}, but it "
-            f"reads {flow.augment_dim or 'none'}: leave method.augment out, or, for a network that the run makes, set "
+            f"method.augment needs a network with augment_dim = {role.augment_dim}, but this one has "
+            f"{flow.augment_dim}: leave method.augment out, or, if the run makes its network, set "
             f"network.arguments.augment_dim = {role.augment_dim}"
         )
     network = add_second_time(flow) if role.two_time else drop_second_time(flow)

@@ -1,4 +1,4 @@
-"""EDM's augmentation: the official code's results, exact moves, and that networks are told of what they see."""
+"""EDM's augmentation: the official code's results, exact moves, and how often each comes."""
 
 import math
 from collections.abc import Iterator

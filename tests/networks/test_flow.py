@@ -123,14 +123,14 @@ def test_how_often_labels_were_dropped_may_be_known_better_than_by_the_network(m
 
 
 @torch.no_grad()
-def test_a_network_is_told_of_augmentation_and_another_refuses_to_be(make_flow: MakeFlow) -> None:
+def test_augmentation_labels_are_for_a_network_with_augment_dim(make_flow: MakeFlow) -> None:
     flow, other = make_flow("ddpmpp"), make_flow("edm2")
     x, t, direction = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.2]), torch.randn(2, 3, 8, 8)
     labels = torch.randn(2, 9)
-    told = flow(x, t, augment_labels=labels)
-    assert (told - flow(x, t)).flatten(1).abs().amax(1).min() > 1e-3
+    augmented = flow(x, t, augment_labels=labels)
+    assert (augmented - flow(x, t)).flatten(1).abs().amax(1).min() > 1e-3
     torch.testing.assert_close(flow(x, t, augment_labels=torch.zeros(2, 9)), flow(x, t))
     F, _ = flow(x, t, along=(direction, torch.ones(2)), augment_labels=labels)
-    torch.testing.assert_close(F, told)
+    torch.testing.assert_close(F, augmented)
     with pytest.raises(ValueError, match="takes no augmentation labels, but some were given"):
         other(torch.randn(2, 4, 8, 8), t, augment_labels=labels)

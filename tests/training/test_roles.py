@@ -97,10 +97,10 @@ def test_a_frozen_teacher_keeps_half_of_its_bytes_and_all_bits_of_its_results(ki
         assert torch.equal(of(teacher), of(wide))
 
 
-def test_a_network_that_cannot_be_told_of_augmentation_is_refused(teacher) -> None:
+def test_augmentation_needs_a_network_conditioned_on_it(teacher) -> None:
     recipe = Recipe.from_tables(TABLES | {"method": {"name": "sid", "augment": 0.1}}, "a test")
     with pytest.raises(
-        TrainingError, match=r"in 9 numbers, but it reads none: .* set network.arguments.augment_dim = 9"
+        TrainingError, match=r"with augment_dim = 9, but this one has 0: .* set network.arguments.augment_dim = 9"
     ):
         build_roles(recipe, load_checkpoint(teacher)[0])
 
